@@ -1,0 +1,53 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a format answers: where guest bytes are, never the bytes themselves.
+
+Invariant: everything above this layer (chain, jobs, api) works on the kinds
+below and knows no L1, L2 or refcount.  A run list covers the asked range
+exactly, in order, and neighbours that continue each other are one run.
+
+Kinds of runs in a :class:`~qcowlib.native.RunList` (small integers, so that
+compiled code and Python share them):
+
+========== ==================================================================
+HOLE       not allocated in this layer: the backing layer shows, or zeros
+ZERO       reads as zeros whatever lies below; ``host`` is the reserved space or
+           ``NO_OFFSET``
+DATA       bytes at ``host`` of the layer's data storage
+COMPRESSED one compressed cluster; ``host`` is the raw L2 entry
+END        past the end of this layer: zeros, and the search stops
+========== ==================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+__all__ = ["COMPRESSED", "DATA", "END", "HOLE", "NO_OFFSET", "ZERO", "Extent", "ExtentKind"]
+
+HOLE: Final = 0
+ZERO: Final = 1
+DATA: Final = 2
+COMPRESSED: Final = 3
+END: Final = 4
+
+NO_OFFSET: Final = (1 << 64) - 1
+
+ExtentKind = Literal["data", "zero", "hole", "compressed"]
+
+
+class Extent(NamedTuple):
+    """A run of guest bytes of one kind, as ``Image.extents`` yields it.
+
+    ``start`` and ``length`` are guest bytes.  ``offset`` is the place in the
+    file of layer ``depth`` (0 = the opened image) or ``None`` where there is
+    none (holes, compressed data, zero clusters without reserved space).
+    ``present`` is false where no layer has anything allocated.
+    """
+
+    kind: ExtentKind
+    start: int
+    length: int
+    offset: int | None
+    depth: int
+    present: bool

@@ -1,0 +1,133 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Who runs the engine: the caller's thread, or an asyncio loop.
+
+The engine is written once, as coroutines.  Invariant: every ``await`` in it is
+an I/O (:meth:`Runtime.io`) or a wait for another operation
+(:meth:`WaitQueue.wait`), and nothing else is; between two awaits its state
+changes are atomic.  Under :class:`SyncRuntime` that holds for threads too,
+because one lock per image chain is held by whoever runs engine code and is
+dropped exactly around those two.  A coroutine run by :class:`SyncRuntime`
+never suspends: there is no loop and no hidden thread.
+
+Not here: policy of any kind.  A deterministic runtime for tests is in
+:mod:`qcowlib.testing.sim`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["AsyncioRuntime", "Runtime", "SyncRuntime", "WaitQueue"]
+
+T = TypeVar("T")
+
+
+class WaitQueue(Protocol):
+    """Operations waiting for a condition that others change."""
+
+    async def wait(self) -> None:
+        """Suspend until :meth:`wake_all` is called; the condition must be tested again."""
+
+    def wake_all(self) -> None:
+        """Let every waiter test its condition again."""
+
+
+class Runtime(Protocol):
+    """How one image chain runs its coroutines."""
+
+    async def io(self, call: Callable[..., T], *args: object) -> T:
+        """Run a blocking storage call with the engine unlocked."""
+
+    def queue(self) -> WaitQueue:
+        """Return a new queue for waiters."""
+
+
+class _SyncQueue:
+    __slots__ = ("_condition",)
+
+    def __init__(self, lock: threading.RLock) -> None:  # type: ignore[valid-type]
+        self._condition = threading.Condition(lock)
+
+    async def wait(self) -> None:
+        self._condition.wait()
+
+    def wake_all(self) -> None:
+        self._condition.notify_all()
+
+
+class SyncRuntime:
+    """Runs a coroutine to its end in the calling thread.
+
+    ``lock`` is the engine lock; compiled fast paths do not need it because
+    they hold the GIL while they look at shared state.
+    """
+
+    __slots__ = ("lock",)
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    async def io(self, call: Callable[..., T], *args: object) -> T:
+        self.lock.release()
+        try:
+            return call(*args)
+        finally:
+            self.lock.acquire()
+
+    def queue(self) -> WaitQueue:
+        return _SyncQueue(self.lock)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Return the coroutine's result; raises what it raises."""
+        with self.lock:
+            try:
+                coroutine.send(None)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+        coroutine.close()
+        raise RuntimeError("an engine coroutine suspended under SyncRuntime")
+
+
+class _AsyncQueue:
+    __slots__ = ("_loop", "_waiters")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiters: list[asyncio.Future[None]] = []
+
+    async def wait(self) -> None:
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def wake_all(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class AsyncioRuntime:
+    """Runs coroutines on a loop; blocking storage calls go to its executor.
+
+    One executor job is one storage call of the engine, that is a whole batch
+    of runs, not one cluster.
+    """
+
+    __slots__ = ("loop",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+
+    async def io(self, call: Callable[..., T], *args: object) -> T:
+        return await self.loop.run_in_executor(None, call, *args)
+
+    def queue(self) -> WaitQueue:
+        return _AsyncQueue(self.loop)

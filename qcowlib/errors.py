@@ -94,7 +94,9 @@ class SecretError(Error, PermissionError):
 class Busy(Error, BlockingIOError):
     """Somebody else holds the image; *pid* names the holder where known."""
 
-    def __init__(self, message: str, *, path: str | None = None, hint: str | None = None, pid: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, path: str | None = None, hint: str | None = None, pid: int | None = None
+    ) -> None:
         super().__init__(message, path=path, hint=hint)
         self.pid = pid
 
@@ -131,6 +133,8 @@ class StorageError(Error, OSError):
         self.strerror = os.strerror(code)
 
     @classmethod
-    def from_os(cls, error: OSError, *, path: str | None = None, operation: str = "", offset: int | None = None) -> StorageError:
+    def from_os(
+        cls, error: OSError, *, path: str | None = None, operation: str = "", offset: int | None = None
+    ) -> StorageError:
         """Wrap *error*, keeping its errno (EIO where it has none)."""
         return cls(error.errno or _errno.EIO, path=path, operation=operation, offset=offset)

@@ -51,7 +51,7 @@ class Runtime(Protocol):
 class _SyncQueue:
     __slots__ = ("_condition",)
 
-    def __init__(self, lock: threading.RLock) -> None:  # type: ignore[valid-type]
+    def __init__(self, lock: threading.Lock) -> None:
         self._condition = threading.Condition(lock)
 
     async def wait(self) -> None:

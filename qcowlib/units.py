@@ -7,7 +7,7 @@ Invariant: pure functions on integers; no value is ever rounded silently.
 
 from __future__ import annotations
 
-__all__ = ["GiB", "KiB", "MiB", "SECTOR", "TiB", "ceil_div", "human_size", "round_down", "round_up"]
+__all__ = ["SECTOR", "GiB", "KiB", "MiB", "TiB", "ceil_div", "human_size", "round_down", "round_up"]
 
 KiB = 1 << 10
 MiB = 1 << 20

@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: the real programs they compare with, and how much they try.
+
+Invariant: no test skips.  A test marked ``real("qemu-img")`` is not collected
+where that program is missing, which the header of the run says; under
+``CI=true`` a missing program ends the run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+PROGRAMS = ("qemu-img", "qemu-io", "qemu-nbd", "nbdkit", "lvm", "sanlock", "mke2fs", "losetup")
+
+# Of programs that live where an ordinary user's PATH does not reach.
+os.environ["PATH"] += ":/usr/sbin:/sbin"
+
+LONG = int(os.environ.get("QCOWLIB_LONG", "1"))
+
+_common = {"deadline": None, "print_blob": True, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("default", max_examples=100, **_common)
+hypothesis.settings.register_profile("checked", max_examples=20, derandomize=True, database=None, **_common)
+hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **_common)
+hypothesis.settings.register_profile("long", max_examples=100 * LONG, **_common)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
+
+
+def _missing() -> list[str]:
+    return [program for program in PROGRAMS if shutil.which(program) is None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    missing = _missing()
+    if missing and os.environ.get("CI") == "true":
+        raise pytest.UsageError(f"programs that the tests compare with are missing: {', '.join(missing)}")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"hypothesis profile: {hypothesis.settings.get_current_profile_name()}"]
+    if missing := _missing():
+        lines.append(f"NOT INSTALLED: {', '.join(missing)}; tests that compare with them are left out")
+    return lines
+
+
+def _programs_of(item: pytest.Item) -> set[str]:
+    return {program for marker in item.iter_markers("real") for program in marker.args}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what cannot run here, and keep each file on one worker."""
+    missing = set(_missing())
+    left_out = [item for item in items if missing & _programs_of(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not missing & _programs_of(item)]
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    """The root of the source tree."""
+    return Path(__file__).resolve().parent.parent

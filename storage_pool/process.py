@@ -1,0 +1,127 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Running helper programs.
+
+Invariant: never a shell; the environment is built, not inherited; every run
+has a deadline after which the whole process group is killed; what is kept of
+the output is bounded.  This is the only module of the package that may start
+processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from .errors import ProcessError, printable
+
+__all__ = ["Completed", "ProcessRunner", "SystemRunner"]
+
+#: Bytes kept of each output stream; a report of 2,000 volumes is about 2 MB.
+OUTPUT_LIMIT = 64 << 20
+
+
+class Completed(NamedTuple):
+    """How a program ended; *report* is what it wrote to the report descriptor."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+    report: bytes
+
+    def message(self) -> str:
+        """Return the last non-empty line of standard error, printable."""
+        lines = [line.strip() for line in self.stderr.decode("utf-8", "backslashreplace").splitlines() if line.strip()]
+        return printable(lines[-1]) if lines else f"exit status {self.returncode}"
+
+
+class ProcessRunner(Protocol):
+    """Runs one program to its end."""
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        report_variable: str | None = None,
+        timeout_s: float = 60.0,
+    ) -> Completed:
+        """Run *argv* and return how it ended, whatever the exit status.
+
+        *env* is added to a minimal environment.  With *report_variable* the
+        program gets an open descriptor, whose number is in the variable of
+        that name, and what it writes there is ``Completed.report``.
+
+        Raises: ProcessError when it cannot be started or misses the deadline.
+        """
+
+
+class SystemRunner:
+    """The real one."""
+
+    __slots__ = ("_env",)
+
+    def __init__(self, path: str = "/usr/sbin:/usr/bin:/sbin:/bin") -> None:
+        self._env = {"PATH": path, "LC_ALL": "C"}
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        report_variable: str | None = None,
+        timeout_s: float = 60.0,
+    ) -> Completed:
+        """See :meth:`ProcessRunner.run`."""
+        variables = {**self._env, **(env or {})}
+        with contextlib.ExitStack() as stack:
+            # Files instead of pipes: a program with much to say on two
+            # descriptors cannot block, and nothing has to be read meanwhile.
+            out, err, report = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+            passed: tuple[int, ...] = ()
+            if report_variable is not None:
+                passed = (report.fileno(),)
+                variables[report_variable] = str(report.fileno())
+            try:
+                process = subprocess.Popen(
+                    list(argv),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    env=variables,
+                    pass_fds=passed,
+                    start_new_session=True,
+                    close_fds=True,
+                )
+            except (OSError, ValueError) as error:
+                raise ProcessError(f"cannot run {printable(argv[0])}: {printable(str(error))}") from error
+            returncode = _wait(process, argv[0], timeout_s)
+            streams = []
+            for stream in (out, err, report):
+                stream.seek(0)
+                streams.append(stream.read(OUTPUT_LIMIT))
+        return Completed(tuple(argv), returncode, *streams)
+
+
+def _wait(process: subprocess.Popen[bytes], name: str, timeout_s: float) -> int:
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        raise ProcessError(
+            f"{printable(name)} did not end within {timeout_s:g} seconds and was killed",
+            hint="The storage may not answer; see the kernel log.",
+        ) from None
+    finally:
+        if process.returncode is None:
+            # The group: a helper of the helper must not go on either.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # A process stuck in the kernel dies only when its I/O returns.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)

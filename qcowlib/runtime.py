@@ -23,9 +23,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["AsyncioRuntime", "Runtime", "SyncRuntime", "WaitQueue"]
+__all__ = ["AsyncioRuntime", "Runtime", "SyncRuntime", "WaitQueue", "new_condition"]
 
 T = TypeVar("T")
+
+
+def new_condition() -> threading.Condition:
+    """Return a mutex with a condition, for a storage that keeps state between its calls."""
+    return threading.Condition(threading.Lock())
 
 
 class WaitQueue(Protocol):

@@ -1,0 +1,61 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""System calls that the standard library lacks, through libc.
+
+Invariant: imported only at first use, because loading ctypes costs more than
+opening an image; each function raises :class:`OSError` with the errno of the
+call and nothing else.  The GIL is released during the call.
+
+Source: fallocate(2), statx(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+
+__all__ = ["KEEP_SIZE", "PUNCH_HOLE", "ZERO_RANGE", "direct_alignment", "fallocate"]
+
+KEEP_SIZE = 0x01
+PUNCH_HOLE = 0x02
+ZERO_RANGE = 0x10
+
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000
+_STATX_SIZE = 256
+_STATX_DIO_MEMORY = 0x98
+_STATX_DIO_OFFSET = 0x9C
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_fallocate.restype = ctypes.c_int
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Call fallocate(2), again after a signal."""
+    while _fallocate(fd, mode, offset, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def direct_alignment(fd: int) -> tuple[int, int] | None:
+    """Return (offset, memory) alignment of direct I/O on a file, ``None`` where the kernel does not tell.
+
+    A read would not do as a probe: holes are read without a check.
+    """
+    statx = getattr(_libc, "statx", None)
+    if statx is None:
+        return None
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    if statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) != 0:
+        return None
+    raw = buffer.raw
+    if not int.from_bytes(raw[:4], sys.byteorder) & _STATX_DIOALIGN:
+        return None
+    memory = int.from_bytes(raw[_STATX_DIO_MEMORY : _STATX_DIO_MEMORY + 4], sys.byteorder)
+    offset = int.from_bytes(raw[_STATX_DIO_OFFSET : _STATX_DIO_OFFSET + 4], sys.byteorder)
+    return (offset, memory) if offset and memory else None

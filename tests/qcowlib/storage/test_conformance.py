@@ -1,0 +1,102 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every storage passes the contract, in each cache mode and on each sector size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qcowlib.storage.base import Storage
+from qcowlib.storage.file import FileStorage
+from qcowlib.storage.memory import MemoryStorage
+from qcowlib.testing.conformance import SIZE, StorageContract
+
+
+class TestMemory(StorageContract):
+    def make(self, size: int) -> Storage:
+        return MemoryStorage(size)
+
+    def make_readonly(self) -> Storage:
+        return MemoryStorage(SIZE, writable=False)
+
+
+class TestFixedMemory(StorageContract):
+    growable = False
+
+    def make(self, size: int) -> Storage:
+        return MemoryStorage(size, growable=False)
+
+
+class FileContract(StorageContract):
+    cache = "writeback"
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        self.count = 0
+
+    def make(self, size: int) -> Storage:
+        self.count += 1
+        storage = FileStorage.create(self.folder / f"image{self.count}", cache=self.cache)
+        storage.resize(size)
+        return storage
+
+    def make_readonly(self) -> Storage:
+        self.make(SIZE).close()
+        return FileStorage.open(self.folder / f"image{self.count}", cache=self.cache)
+
+
+class TestFile(FileContract):
+    pass
+
+
+class TestFileThrough(FileContract):
+    cache = "writethrough"
+
+
+class TestFileUnsafe(FileContract):
+    cache = "unsafe"
+
+
+class TestFileDirect(FileContract):
+    cache = "none"
+
+
+class TestFileDirectSync(FileContract):
+    cache = "directsync"
+
+
+class DeviceContract(StorageContract):
+    growable = False
+    cache = "writeback"
+    sector = 512
+
+    @pytest.fixture(autouse=True)
+    def _devices(self, loop_device: Callable[[int, int], str]) -> None:
+        self.attach = loop_device
+
+    def make(self, size: int) -> Storage:
+        return FileStorage.open(self.attach(size, self.sector), writable=True, cache=self.cache)
+
+    def make_readonly(self) -> Storage:
+        return FileStorage.open(self.attach(SIZE, self.sector), cache=self.cache)
+
+
+class TestDevice512(DeviceContract):
+    pass
+
+
+class TestDevice4096(DeviceContract):
+    sector = 4096
+
+
+class TestDevice512Direct(DeviceContract):
+    cache = "none"
+
+
+class TestDevice4096Direct(DeviceContract):
+    cache = "none"
+    sector = 4096

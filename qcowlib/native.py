@@ -9,5 +9,23 @@ contract sees one edge, and what the engine needs of the core is this list.
 from __future__ import annotations
 
 from qcowlib._extent import RunList
+from qcowlib._scan import (
+    bitmap_count,
+    bitmap_merge,
+    bitmap_runs,
+    bitmap_set,
+    first_difference,
+    is_zero,
+    zero_runs,
+)
 
-__all__ = ["RunList"]
+__all__ = [
+    "RunList",
+    "bitmap_count",
+    "bitmap_merge",
+    "bitmap_runs",
+    "bitmap_set",
+    "first_difference",
+    "is_zero",
+    "zero_runs",
+]

@@ -10,8 +10,14 @@ cdef struct Run:
     int32_t kind       # RunKind
     int32_t layer      # depth in the chain, 0 = top
 
+cdef struct RunVec:
+    Run *runs
+    size_t count
+    size_t room
+    bint borrowed      # runs is caller's memory (a C stack): never freed, copied when it grows
+
+cdef int rv_append(RunVec *v, int kind, uint64_t guest, uint64_t length, uint64_t host, int layer) noexcept nogil
+cdef void rv_free(RunVec *v) noexcept nogil
+
 cdef class RunList:
-    cdef Run *runs
-    cdef size_t count
-    cdef size_t room
-    cdef int append(self, int kind, uint64_t guest, uint64_t length, uint64_t host, int layer) except -1 nogil
+    cdef RunVec v

@@ -8,7 +8,19 @@ contract sees one edge, and what the engine needs of the core is this list.
 
 from __future__ import annotations
 
+from qcowlib._cluster import (
+    BAD_COMPRESSED_DATA_FILE,
+    BAD_DATA_FILE_OFFSET,
+    BAD_DATA_OFFSET,
+    BAD_L2_OFFSET,
+    BAD_SUBCLUSTERS,
+    BAD_ZERO_V2,
+    ChainMap,
+    ClusterMap,
+)
 from qcowlib._extent import RunList
+from qcowlib._io import LayerFds
+from qcowlib._refcount import Refcounts
 from qcowlib._scan import (
     bitmap_count,
     bitmap_merge,
@@ -20,6 +32,16 @@ from qcowlib._scan import (
 )
 
 __all__ = [
+    "BAD_COMPRESSED_DATA_FILE",
+    "BAD_DATA_FILE_OFFSET",
+    "BAD_DATA_OFFSET",
+    "BAD_L2_OFFSET",
+    "BAD_SUBCLUSTERS",
+    "BAD_ZERO_V2",
+    "ChainMap",
+    "ClusterMap",
+    "LayerFds",
+    "Refcounts",
     "RunList",
     "bitmap_count",
     "bitmap_merge",

@@ -1,0 +1,325 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Reference counts of host clusters, and the allocator.
+
+No I/O: a question is answered, or the answer names the refcount block that must
+be loaded (NEED) or made (NO_BLOCK) first.
+
+Invariants: a count in memory is never below the references that storage may
+still show, because callers decrement only what is durably unmapped
+(Invariant: I1, I4); counts never wrap; a dirty block is never evicted.
+"""
+from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from qcowlib._ondisk cimport QC_RT_OFFSET_MASK, qc_be64, qc_get_refcount, qc_put64, qc_set_refcount
+
+cdef enum:
+    OK = 0
+    NEED = 1
+    NO_BLOCK = 2
+    RANGE = 3              # a count would leave 0 .. 2**bits - 1
+
+cdef struct Block:
+    uint8_t *data          # NULL: not in memory
+    uint32_t dirty_lo      # bytes storage does not have yet; lo == hi: none
+    uint32_t dirty_hi
+
+
+cdef class Refcounts:
+    """All counts of one image; *limit* clean blocks are kept in memory."""
+
+    cdef readonly unsigned cluster_bits
+    cdef readonly unsigned order
+    cdef readonly uint64_t per_block
+    cdef readonly uint64_t table_size
+    cdef readonly uint64_t maximum
+    cdef public uint64_t hint
+    cdef uint64_t *table
+    cdef Block *blocks
+    cdef uint64_t loaded_count
+    cdef uint64_t limit
+    cdef uint64_t hand
+    cdef unsigned per_bits
+    cdef readonly uint64_t table_dirty_lo
+    cdef readonly uint64_t table_dirty_hi
+
+    def __cinit__(self, unsigned cluster_bits, unsigned order, table, uint64_t limit):
+        cdef Py_buffer view
+        cdef uint64_t i
+        if cluster_bits < 9 or cluster_bits > 21 or order > 6:
+            raise ValueError(order)
+        self.cluster_bits = cluster_bits
+        self.order = order
+        self.per_bits = cluster_bits + 3 - order
+        self.per_block = 1ULL << self.per_bits
+        self.maximum = 0xFFFFFFFFFFFFFFFFULL if order == 6 else (1ULL << (1U << order)) - 1
+        self.limit = limit if limit > 4 else 4
+        PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
+        try:
+            self._resize(view.len // 8)
+            for i in range(self.table_size):
+                self.table[i] = qc_be64(<uint8_t *> view.buf + 8 * i)
+        finally:
+            PyBuffer_Release(&view)
+
+    def __dealloc__(self):
+        cdef uint64_t i
+        if self.blocks != NULL:
+            for i in range(self.table_size):
+                free(self.blocks[i].data)
+        free(self.blocks)
+        free(self.table)
+
+    cdef int _resize(self, uint64_t count) except -1:
+        cdef uint64_t *table
+        cdef Block *blocks
+        if count > (1ULL << 20) or count < self.table_size:
+            raise ValueError(count)
+        table = <uint64_t *> calloc(count + 1, sizeof(uint64_t))
+        blocks = <Block *> calloc(count + 1, sizeof(Block))
+        if table == NULL or blocks == NULL:
+            free(table)
+            free(blocks)
+            raise MemoryError()
+        if self.table_size:
+            memcpy(table, self.table, self.table_size * sizeof(uint64_t))
+            memcpy(blocks, self.blocks, self.table_size * sizeof(Block))
+        free(self.table)
+        free(self.blocks)
+        self.table = table
+        self.blocks = blocks
+        self.table_size = count
+        return 0
+
+    def grow_table(self, uint64_t entries):
+        """Room for *entries* refcount blocks; the caller writes the new table."""
+        self._resize(entries)
+
+    def block_offset(self, uint64_t index):
+        """Where refcount block *index* lies; 0 when there is none."""
+        if index >= self.table_size:
+            return 0
+        return self.table[index] & QC_RT_OFFSET_MASK
+
+    def raw_entry(self, uint64_t index):
+        """The refcount table entry as it is on storage."""
+        if index >= self.table_size:
+            raise IndexError(index)
+        return self.table[index]
+
+    def table_bytes(self, uint64_t first, uint64_t last):
+        """Table entries *first* to *last* (exclusive) as they lie on storage."""
+        cdef uint64_t i
+        if first > last or last > self.table_size:
+            raise IndexError(last)
+        out = bytearray(8 * (last - first))
+        cdef unsigned char *raw = out
+        for i in range(first, last):
+            qc_put64(raw + 8 * (i - first), self.table[i])
+        return bytes(out)
+
+    def table_clean(self):
+        """Nothing of the refcount table is dirty any more."""
+        self.table_dirty_lo = self.table_dirty_hi = 0
+
+    def table_mark(self, uint64_t first, uint64_t last):
+        """Entries *first* to *last* are not on storage yet."""
+        if self.table_dirty_lo == self.table_dirty_hi:
+            self.table_dirty_lo = first
+            self.table_dirty_hi = last
+        else:
+            self.table_dirty_lo = min(self.table_dirty_lo, first)
+            self.table_dirty_hi = max(self.table_dirty_hi, last)
+
+    def loaded(self, uint64_t index):
+        """Whether block *index* is in memory."""
+        return index < self.table_size and self.blocks[index].data != NULL
+
+    def install(self, uint64_t index, data):
+        """Put the bytes of block *index* into memory."""
+        cdef Py_buffer view
+        if index >= self.table_size:
+            raise IndexError(index)
+        if self.blocks[index].data != NULL:
+            return
+        self._room()
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if view.len != 1LL << self.cluster_bits:
+                raise ValueError("a refcount block is one cluster")
+            self.blocks[index].data = <uint8_t *> malloc(view.len)
+            if self.blocks[index].data == NULL:
+                raise MemoryError()
+            memcpy(self.blocks[index].data, view.buf, view.len)
+            self.loaded_count += 1
+        finally:
+            PyBuffer_Release(&view)
+
+    def make(self, uint64_t index, uint64_t offset):
+        """Start an all-zero block *index* at *offset*, written whole at the next commit."""
+        if index >= self.table_size or self.blocks[index].data != NULL:
+            raise IndexError(index)
+        self._room()
+        self.blocks[index].data = <uint8_t *> calloc(1, 1ULL << self.cluster_bits)
+        if self.blocks[index].data == NULL:
+            raise MemoryError()
+        self.loaded_count += 1
+        self.blocks[index].dirty_lo = 0
+        self.blocks[index].dirty_hi = 1U << self.cluster_bits
+        self.table[index] = offset
+        self.table_mark(index, index + 1)
+
+    cdef void _room(self) noexcept:
+        cdef uint64_t tries
+        if self.loaded_count < self.limit:
+            return
+        for tries in range(self.table_size):
+            self.hand = (self.hand + 1) % self.table_size
+            if self.blocks[self.hand].data != NULL and self.blocks[self.hand].dirty_lo == self.blocks[self.hand].dirty_hi:
+                free(self.blocks[self.hand].data)
+                self.blocks[self.hand].data = NULL
+                self.loaded_count -= 1
+                return
+
+    # -- counts --------------------------------------------------------------------------------------------------
+
+    def get(self, uint64_t cluster):
+        """``(0, count)`` or ``(NEED, block index)``."""
+        cdef uint64_t index = cluster >> self.per_bits
+        if index >= self.table_size or (self.table[index] & QC_RT_OFFSET_MASK) == 0:
+            return OK, 0
+        if self.blocks[index].data == NULL:
+            return NEED, index
+        return OK, qc_get_refcount(self.blocks[index].data, cluster & (self.per_block - 1), self.order)
+
+    def change(self, uint64_t first, uint64_t count, bint increment):
+        """Add or take one reference on *count* clusters; all of them or none.
+
+        Returns ``(0, 0)``, ``(NEED, block)``, ``(NO_BLOCK, block)`` or
+        ``(RANGE, cluster)``.
+        """
+        cdef uint64_t cluster, index, value, last = first + count
+        cdef Block *block
+        if count == 0:
+            return OK, 0
+        for index in range(first >> self.per_bits, ((last - 1) >> self.per_bits) + 1):
+            if index >= self.table_size or (self.table[index] & QC_RT_OFFSET_MASK) == 0:
+                return NO_BLOCK, index
+            if self.blocks[index].data == NULL:
+                return NEED, index
+        for cluster in range(first, last):
+            value = qc_get_refcount(
+                self.blocks[cluster >> self.per_bits].data, cluster & (self.per_block - 1), self.order)
+            if (value == self.maximum) if increment else (value == 0):
+                return RANGE, cluster
+        for cluster in range(first, last):
+            block = &self.blocks[cluster >> self.per_bits]
+            value = qc_get_refcount(block.data, cluster & (self.per_block - 1), self.order)
+            value = value + 1 if increment else value - 1
+            self._set(block, cluster & (self.per_block - 1), value)
+            if value == 0 and cluster < self.hint:
+                self.hint = cluster
+        return OK, 0
+
+    cdef void _set(self, Block *block, uint64_t i, uint64_t value) noexcept nogil:
+        cdef uint32_t lo = (i << self.order) >> 3
+        cdef uint32_t hi = ((i + 1) << self.order) + 7 >> 3
+        qc_set_refcount(block.data, i, self.order, value)
+        if block.dirty_lo == block.dirty_hi:
+            block.dirty_lo = lo
+            block.dirty_hi = hi
+        else:
+            if lo < block.dirty_lo:
+                block.dirty_lo = lo
+            if hi > block.dirty_hi:
+                block.dirty_hi = hi
+
+    def allocate(self, uint64_t count, bint contiguous):
+        """Find free clusters from the hint upwards and give them one reference.
+
+        Returns ``(0, first, got)`` with ``1 <= got <= count`` (exactly *count*
+        when *contiguous*), or ``(NEED, block, 0)``, or ``(NO_BLOCK, block, 0)``:
+        block *block* must be made before the search can go on.
+        """
+        cdef uint64_t cluster = self.hint, first = 0, got = 0, index, i
+        cdef Block *block
+        if count == 0:
+            raise ValueError(count)
+        while got < count:
+            index = cluster >> self.per_bits
+            if index >= self.table_size or (self.table[index] & QC_RT_OFFSET_MASK) == 0:
+                if got and not contiguous:
+                    break
+                return NO_BLOCK, index, 0
+            block = &self.blocks[index]
+            if block.data == NULL:
+                if got and not contiguous:
+                    break
+                return NEED, index, 0
+            if qc_get_refcount(block.data, cluster & (self.per_block - 1), self.order) == 0:
+                if got == 0:
+                    first = cluster
+                got += 1
+            elif got and not contiguous:
+                break
+            else:
+                got = 0
+            cluster += 1
+        for i in range(first, first + got):
+            self._set(&self.blocks[i >> self.per_bits], i & (self.per_block - 1), 1)
+        # A contiguous request may have passed smaller gaps: they stay findable.
+        if not contiguous or first == self.hint or count == 1:
+            self.hint = first + got
+        return OK, first, got
+
+    def first_free(self, uint64_t cluster):
+        """The first cluster from *cluster* on that has no reference: ``(0, cluster)`` or ``(NEED, block)``."""
+        cdef uint64_t index
+        while True:
+            index = cluster >> self.per_bits
+            if index >= self.table_size or (self.table[index] & QC_RT_OFFSET_MASK) == 0:
+                return OK, cluster
+            if self.blocks[index].data == NULL:
+                return NEED, index
+            if qc_get_refcount(self.blocks[index].data, cluster & (self.per_block - 1), self.order) == 0:
+                return OK, cluster
+            cluster += 1
+
+    # -- write back ----------------------------------------------------------------------------------------------
+
+    def dirty(self):
+        """``[(block index, first byte, last byte + 1)]`` of unwritten bytes."""
+        cdef uint64_t i
+        cdef list out = []
+        for i in range(self.table_size):
+            if self.blocks[i].data != NULL and self.blocks[i].dirty_lo != self.blocks[i].dirty_hi:
+                out.append((i, self.blocks[i].dirty_lo, self.blocks[i].dirty_hi))
+        return out
+
+    def take(self, uint64_t index, uint32_t unit):
+        """Copy the dirty bytes, widened to multiples of *unit*, and mark them clean: ``(start, bytes)``."""
+        cdef Block *block
+        cdef uint32_t lo, hi
+        if index >= self.table_size or self.blocks[index].data == NULL:
+            raise IndexError(index)
+        block = &self.blocks[index]
+        lo = block.dirty_lo // unit * unit
+        hi = (block.dirty_hi + unit - 1) // unit * unit
+        if hi > (1U << self.cluster_bits):
+            hi = 1U << self.cluster_bits
+        block.dirty_lo = block.dirty_hi = 0
+        return lo, PyBytes_FromStringAndSize(<char *> block.data + lo, hi - lo)
+
+    def mark(self, uint64_t index, uint32_t lo, uint32_t hi):
+        """Mark bytes dirty again (a write of them failed)."""
+        if index < self.table_size and self.blocks[index].data != NULL and lo < hi <= (1U << self.cluster_bits):
+            if self.blocks[index].dirty_lo == self.blocks[index].dirty_hi:
+                self.blocks[index].dirty_lo = lo
+                self.blocks[index].dirty_hi = hi
+            else:
+                self.blocks[index].dirty_lo = min(self.blocks[index].dirty_lo, lo)
+                self.blocks[index].dirty_hi = max(self.blocks[index].dirty_hi, hi)

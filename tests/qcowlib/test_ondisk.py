@@ -161,6 +161,7 @@ def test_unknown_fields_extensions_and_compatible_bits_survive_a_rewrite() -> No
     assert header.pack() == data
 
 
+@pytest.mark.real("qemu-img")
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -1,0 +1,139 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Guest I/O in process: random reads and writes of mapped data, allocating writes, sequential reads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import peers
+import pytest
+from scale import Scale
+
+import qcowlib
+
+BLOCK = 4096
+MiB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def filled(bench_dir: Path, half_zero: Path) -> Path:
+    """A qcow2 image with all its data in clusters of its own."""
+    path = bench_dir / "filled.qcow2"
+    qcowlib.convert(half_zero, path, source_format="raw", format="qcow2")
+    return path
+
+
+def data_offsets(size: int, count: int, seed: int = 4) -> list[int]:
+    """Return *count* random block offsets inside the data of the half zero image."""
+    chance = random.Random(seed)
+    return [
+        chance.randrange(size // (2 * MiB)) * 2 * MiB + chance.randrange(MiB // BLOCK) * BLOCK for _ in range(count)
+    ]
+
+
+@pytest.mark.benchmark(group="random read, 4 KiB")
+@pytest.mark.parametrize("who", peers.installed("qcowlib", "libqcow", "dissect", "libnbd"))
+def bench_random_read(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
+    offsets = data_offsets(scale.copy, scale.operations)
+    with peers.reader(who, filled) as read:
+
+        def run() -> None:
+            for offset in offsets:
+                read(BLOCK, offset)
+
+        measure(run, who=who, amount=len(offsets), unit="read")
+
+
+@pytest.mark.parametrize("who", peers.installed("qemu-img bench"))
+@pytest.mark.parametrize("depth", [1, 16])
+def bench_strided_read(
+    benchmark: Any, measure: Callable[..., None], filled: Path, scale: Scale, who: str, depth: int
+) -> None:
+    benchmark.group = "random read, 4 KiB"
+    step = "53248"  # 13 blocks: no two requests in one cluster follow each other
+    command = ["bench", "-f", "qcow2", "-c", str(scale.operations), "-d", str(depth), "-s", "4096", "-S", step, filled]
+    measure(lambda: peers.qemu_img(*command), who=f"{who} -d {depth}", amount=scale.operations, unit="read")
+
+
+@pytest.mark.benchmark(group="random read, 4 KiB, 4 threads")
+@pytest.mark.parametrize("who", peers.installed("qcowlib", "qcowlib, 1 thread"))
+def bench_random_read_threads(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
+    threads = 4 if who == "qcowlib" else 1
+    parts = [data_offsets(scale.copy, scale.operations // threads, seed) for seed in range(threads)]
+    with qcowlib.open(filled) as image, ThreadPoolExecutor(threads) as pool:
+
+        def part(offsets: list[int]) -> None:
+            buffer = bytearray(BLOCK)
+            for offset in offsets:
+                image.preadinto(buffer, offset)
+
+        measure(lambda: list(pool.map(part, parts)), who=who, amount=scale.operations, unit="read")
+
+
+@pytest.mark.benchmark(group="random write, 4 KiB, mapped")
+@pytest.mark.parametrize("who", peers.installed("qcowlib", "libnbd"))
+def bench_random_write(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
+    offsets = data_offsets(scale.copy, scale.operations)
+    data = b"w" * BLOCK
+    if who == "qcowlib":
+        opened: Any = qcowlib.open(filled, "r+")
+    else:
+        opened = peers.nbd_export(filled)
+    with opened as image:
+
+        def run() -> None:
+            for offset in offsets:
+                image.pwrite(data, offset)
+            image.flush()
+
+        measure(run, who=who, amount=len(offsets), unit="write")
+
+
+@pytest.mark.parametrize("who", peers.installed("qcowlib", "libnbd", "qemu-img bench"))
+@pytest.mark.parametrize("order", ["sequential", "random"])
+def bench_allocating_write(
+    benchmark: Any, measure: Callable[..., None], bench_dir: Path, scale: Scale, order: str, who: str
+) -> None:
+    path = bench_dir / "grow.qcow2"
+    count = scale.operations
+    places = range(count) if order == "sequential" else random.Random(5).sample(range(count * 16), count)
+    offsets = [place * BLOCK for place in places]
+    data = b"w" * BLOCK
+    benchmark.group = f"allocating write, 4 KiB, {order}"
+
+    def fresh() -> None:
+        path.unlink(missing_ok=True)
+        qcowlib.create(path, count * 16 * BLOCK)
+
+    def run() -> None:
+        if who == "qemu-img bench":
+            step = [] if order == "sequential" else ["-S", str(13 * BLOCK)]
+            limits = ["-c", str(count), "-d", "16", "-s", str(BLOCK), "--flush-interval", str(count)]
+            peers.qemu_img("bench", "-w", "-t", "writeback", "-f", "qcow2", *limits, *step, path)
+            return
+        opened: Any = qcowlib.open(path, "r+") if who == "qcowlib" else peers.nbd_export(path)
+        with opened as image:
+            for offset in offsets:
+                image.pwrite(data, offset)
+            image.flush()
+
+    measure(run, who=who, amount=count, unit="write", setup=fresh)
+    path.unlink()
+
+
+@pytest.mark.benchmark(group="sequential read, 1 MiB")
+@pytest.mark.parametrize("who", peers.installed("qcowlib", "libqcow", "dissect", "libnbd"))
+def bench_sequential_read(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
+    size = min(scale.copy, 512 * MiB)
+    with peers.reader(who, filled) as read:
+
+        def run() -> None:
+            for offset in range(0, size, MiB):
+                read(MiB, offset)
+
+        measure(run, who=who, amount=size, unit="byte")

@@ -18,6 +18,12 @@ from qcowlib._cluster import (
     ChainMap,
     ClusterMap,
 )
+from qcowlib._codec import compress_zstd as codec_compress_zstd
+from qcowlib._codec import decompress as codec_decompress
+from qcowlib._codec import decompress_many as codec_decompress_many
+from qcowlib._codec import load as codec_load
+from qcowlib._codec import zstd_version as codec_zstd_version
+from qcowlib._deflate import Deflater
 from qcowlib._extent import RunList
 from qcowlib._io import LayerFds
 from qcowlib._refcount import Refcounts
@@ -40,6 +46,7 @@ __all__ = [
     "BAD_ZERO_V2",
     "ChainMap",
     "ClusterMap",
+    "Deflater",
     "LayerFds",
     "Refcounts",
     "RunList",
@@ -47,6 +54,11 @@ __all__ = [
     "bitmap_merge",
     "bitmap_runs",
     "bitmap_set",
+    "codec_compress_zstd",
+    "codec_decompress",
+    "codec_decompress_many",
+    "codec_load",
+    "codec_zstd_version",
     "first_difference",
     "is_zero",
     "zero_runs",

@@ -26,7 +26,7 @@ SOURCE_SUFFIXES = (".py", ".pyx", ".pxd", ".pyi", ".sh")
 CIMPORT_ORDER = (
     {"_ondisk"},
     {"_extent"},
-    {"_io", "_codec", "_crypt"},
+    {"_io", "_codec", "_deflate", "_crypt"},
     {"_cluster", "_refcount", "_scan"},
 )
 CIMPORT_OUTSIDE = ("cython", "cpython", "libc", "posix")

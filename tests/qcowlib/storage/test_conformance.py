@@ -16,6 +16,8 @@ from qcowlib.storage.linear import LinearStorage, Segment
 from qcowlib.storage.memory import MemoryStorage
 from qcowlib.storage.view import StorageView
 from qcowlib.testing.conformance import SIZE, StorageContract
+from qcowlib.testing.faults import FaultPlan, FaultStorage
+from qcowlib.testing.recorder import OpLog
 
 
 class TestMemory(StorageContract):
@@ -158,3 +160,19 @@ class TestLinearOfFiles(FileContract):
         self.make(SIZE).close()
         below = FileStorage.open(self.folder / f"image{self.count}")
         return LinearStorage([Segment(below, 0, SIZE)], owned=True)
+
+
+class TestRecorded(StorageContract):
+    def make(self, size: int) -> Storage:
+        return OpLog().record(MemoryStorage(size))
+
+    def make_readonly(self) -> Storage:
+        return OpLog().record(MemoryStorage(SIZE, writable=False))
+
+
+class TestFaultless(StorageContract):
+    def make(self, size: int) -> Storage:
+        return FaultStorage(MemoryStorage(size), FaultPlan())
+
+    def make_readonly(self) -> Storage:
+        return FaultStorage(MemoryStorage(SIZE, writable=False), FaultPlan())

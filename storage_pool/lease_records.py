@@ -18,8 +18,9 @@ offset    bytes   leader record (little endian, at sector 0 of an area)
 174       2       I/O timeout in seconds (lockspaces)
 ========  ======  =====================================================
 
-Invariant: pure; records made here are what the daemon's own initialisation
-writes, so a host with sanlock can use them.
+Invariant: records made here are what the daemon's own initialisation writes,
+so a host with sanlock can use them; an area is written in full, so that a
+renewal never has to allocate.
 
 Source: records written by sanlock 3.8.5; the safelease tool of 2011.
 """
@@ -27,11 +28,14 @@ Source: records written by sanlock 3.8.5; the safelease tool of 2011.
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qcowlib.units import MiB
 
 from .errors import InvalidName, MetadataError
+
+if TYPE_CHECKING:
+    from qcowlib.storage.base import Storage
 
 __all__ = [
     "SAFELEASE_SIZE",
@@ -40,7 +44,9 @@ __all__ = [
     "crc32c",
     "lockspace_area",
     "parse_leader",
+    "read_leader",
     "resource_area",
+    "write_area",
 ]
 
 LOCKSPACE_MAGIC: Final = 0x12212010
@@ -166,6 +172,19 @@ def parse_leader(data: bytes) -> Leader | None:
         timestamp,
         stored == crc32c(data[:_CHECKED]),
     )
+
+
+def read_leader(storage: Storage, offset: int) -> Leader | None:
+    """Return the leader record at *offset*, ``None`` when there is none."""
+    data = bytearray(512)
+    storage.read_into(offset, [data])
+    return parse_leader(bytes(data))
+
+
+def write_area(storage: Storage, offset: int, data: bytes) -> None:
+    """Write an area durably.  Nobody may hold the lease."""
+    storage.write(offset, [data])
+    storage.flush()
 
 
 #: Bytes of the block at offset 0 of ``leases``; only the first 32 are used.

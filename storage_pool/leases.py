@@ -3,8 +3,8 @@
 """What a lease manager must give; nothing here talks to one.
 
 Invariant: a resource has at most one exclusive holder among all hosts of a
-lockspace.  The formats on storage are in :mod:`.lease_records`; package
-``spm`` has the adapters (sanlock, safelease).
+lockspace.  The records on storage, and making them, are in
+:mod:`.lease_records`; package ``spm`` has the adapters (sanlock, safelease).
 """
 
 from __future__ import annotations
@@ -41,15 +41,6 @@ class LeaseOwner(NamedTuple):
 
 class Leases(Protocol):
     """A lease manager of one host."""
-
-    def write_lockspace(self, name: str, area: LeaseArea, *, block_size: int, alignment: int) -> None:
-        """Initialise the lockspace; everything in it is lost."""
-
-    def write_resource(self, lease: Lease, *, block_size: int, alignment: int) -> None:
-        """Initialise the resource as free; its name is read back by any manager."""
-
-    def clear_resource(self, lease: Lease, *, block_size: int, alignment: int) -> None:
-        """Initialise the resource without a name, so that nobody can acquire it."""
 
     def join(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
         """Take *host_id* in the lockspace; may wait for its former holder to be dead."""

@@ -26,14 +26,14 @@ Source: VDSM's external leases.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from .errors import AlreadyExists, InvalidName, MetadataError, NoSpace, NotFound, printable
-from .ids import check_id
-from .leases import Lease, LeaseArea, Leases
+from .ids import check_id, is_id
+from .lease_records import read_leader, resource_area, write_area
+from .leases import Lease, LeaseArea
 
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
@@ -115,7 +115,8 @@ class Index:
         _number(offset, f"the offset in record {number}")
         return _Record(text, flag == b"u") if text else None
 
-    def _find(self, name: str) -> int | None:
+    def find(self, name: str) -> int | None:
+        """Return the number of the record, whatever its state, that bears *name*."""
         # The name alone decides which record is meant, so a damaged record is
         # reported to who asks for it and to nobody else.
         wanted = name.encode().ljust(48, b"\0")
@@ -130,7 +131,7 @@ class Index:
 
         Raises: NotFound, MetadataError when its record is damaged.
         """
-        number = self._find(check_id(name, "lease"))
+        number = self.find(check_id(name, "lease"))
         if number is None:
             raise NotFound(f"there is no lease {name}")
         record = self.record(number)
@@ -158,7 +159,7 @@ class Index:
 
         Raises: AlreadyExists, NoSpace, MetadataError when the name stands in a damaged record.
         """
-        number = self._find(check_id(name, "lease"))
+        number = self.find(check_id(name, "lease"))
         if number is not None:
             record = self.record(number)
             if record is None or not record.updating:
@@ -231,7 +232,7 @@ def rebuild_plan(index: Index, resources: Mapping[int, str], capacity: int) -> l
             steps.append(RebuildStep(number, "write record", record.name, "it was left as being updated"))
     for number in damaged:
         name = resources.get(number, "")
-        if number < capacity and name and name not in names and _UUID_LIKE.fullmatch(name):
+        if number < capacity and name and name not in names and is_id(name):
             names.add(name)
             steps.append(RebuildStep(number, "write record", name, "it is damaged, the resource tells its name"))
         else:
@@ -241,20 +242,16 @@ def rebuild_plan(index: Index, resources: Mapping[int, str], capacity: int) -> l
     return steps
 
 
-_UUID_LIKE: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
 class XleaseVolume:
-    """The index on its storage, with the lease manager that writes the resources.
+    """The index and the lease areas on their storage.
 
     *storage* is the whole volume ``xleases``; *path* is what leases are named by.
     """
 
-    __slots__ = ("_leases", "_storage", "alignment", "block_size", "path")
+    __slots__ = ("_storage", "alignment", "block_size", "path")
 
-    def __init__(self, storage: Storage, leases: Leases, *, path: str, block_size: int, alignment: int) -> None:
+    def __init__(self, storage: Storage, *, path: str, block_size: int, alignment: int) -> None:
         self._storage = storage
-        self._leases = leases
         self.path = path
         self.block_size = block_size
         self.alignment = alignment
@@ -274,54 +271,69 @@ class XleaseVolume:
         self._storage.write(self.alignment + offset, [data])
         self._storage.flush()
 
-    def _lease(self, index: Index, number: int, name: str) -> Lease:
-        area = LeaseArea(self.path, (RESERVED_AREAS + number) * self.alignment)
-        return Lease(index.lockspace, name, area)
+    def _offset(self, number: int) -> int:
+        return (RESERVED_AREAS + number) * self.alignment
+
+    def _write_resource(self, lockspace: str, number: int, name: str) -> None:
+        owner = lockspace if name else ""
+        data = resource_area(owner, name, block_size=self.block_size, alignment=self.alignment)
+        write_area(self._storage, self._offset(number), data)
 
     def lookup(self, name: str) -> Lease:
         """Return where lease *name* is.  Raises: NotFound, MetadataError."""
         index = self.load()
-        return self._lease(index, index.lookup(name), name)
+        return Lease(index.lockspace, name, LeaseArea(self.path, self._offset(index.lookup(name))))
 
     def add(self, name: str) -> Lease:
         """Make a lease: resource first, then its record.
 
-        Raises: AlreadyExists, NoSpace, MetadataError, and what the lease manager raises.
+        Raises: AlreadyExists, NoSpace, MetadataError.
         """
         index = self.load()
         number = index.reserve(name)
-        lease = self._lease(index, number, name)
-        self._leases.write_resource(lease, block_size=self.block_size, alignment=self.alignment)
+        self._write_resource(index.lockspace, number, name)
         index.set(number, name, self.alignment)
         self._write(*index.block(number, self.block_size))
-        return lease
+        return Lease(index.lockspace, name, LeaseArea(self.path, self._offset(number)))
 
     def remove(self, name: str) -> None:
         """Remove a lease: record first, then its resource.  Raises: NotFound, MetadataError."""
         index = self.load()
-        number = index._find(check_id(name, "lease"))
+        number = index.find(check_id(name, "lease"))
         if number is None:
             raise NotFound(f"there is no lease {name}", path=self.path)
         index.set(number, "", self.alignment)
         self._write(*index.block(number, self.block_size))
         # Afterwards nobody finds it; a failure here leaves a name in an area
         # whose record is empty, which a rebuild clears.
-        lease = self._lease(index, number, name)
-        self._leases.clear_resource(lease, block_size=self.block_size, alignment=self.alignment)
+        self._write_resource(index.lockspace, number, "")
 
-    def rebuild(self, resources: Mapping[int, str]) -> list[RebuildStep]:
+    @property
+    def capacity(self) -> int:
+        """Records whose lease area lies in the volume; a file grows to the full table."""
+        return min(MAX_RECORDS, max(0, self._storage.size // self.alignment - RESERVED_AREAS))
+
+    def resources(self) -> dict[int, str]:
+        """Return the names found in the lease areas, by record number."""
+        found = {}
+        for number in range(self.capacity):
+            leader = read_leader(self._storage, self._offset(number))
+            if leader is not None and leader.resource_name:
+                found[number] = leader.resource_name
+        return found
+
+    def rebuild(self, *, growable: bool = False) -> list[RebuildStep]:
         """Make index and resources agree; returns what was done.
+
+        *growable* says that areas behind the end of the storage can be made.
 
         Raises: MetadataError when the header of the index is damaged.
         """
         index = self.load()
-        capacity = min(MAX_RECORDS, self._storage.size // self.alignment - RESERVED_AREAS)
-        steps = rebuild_plan(index, resources, max(capacity, 0))
+        steps = rebuild_plan(index, self.resources(), MAX_RECORDS if growable else self.capacity)
         for step in steps:
             if step.action in ("write resource", "clear resource"):
-                lease = self._lease(index, step.number, step.name)
-                write = self._leases.write_resource if step.name else self._leases.clear_resource
-                write(lease, block_size=self.block_size, alignment=self.alignment)
+                self._write_resource(index.lockspace, step.number, step.name)
             else:
                 index.set(step.number, step.name, self.alignment)
                 self._write(*index.block(step.number, self.block_size))

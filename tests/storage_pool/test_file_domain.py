@@ -1,0 +1,342 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Life of file domains and of the volumes in them."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from qcowlib.errors import GateDenied
+from storage_pool.embedded import FileToken
+from storage_pool.errors import (
+    AlreadyExists,
+    Illegal,
+    InvalidName,
+    MetadataError,
+    NotAuthorized,
+    NotFound,
+    UnsupportedVersion,
+)
+from storage_pool.file_domain import FileDomain, discover
+from storage_pool.ids import BLANK, make_id
+from storage_pool.lease_records import SafeleaseTag
+from storage_pool.metadata_volume import VolumeMetadata
+from storage_pool.testing.golden import rebuild_file_domain
+
+GOLDEN = Path(__file__).parent / "golden/file"
+CTIME = 1617235200
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def mode(path):
+    return oct(Path(path).stat().st_mode & 0o777)
+
+
+@pytest.fixture
+def token(tmp_path):
+    with FileToken(str(tmp_path / "pool.lock")) as made:
+        yield made
+
+
+@pytest.fixture
+def make(tmp_path, token):
+    made = []
+
+    def create(version=5, storage_type="NFS", **options):
+        mount = tmp_path / f"mount{len(made)}"
+        mount.mkdir()
+        options.setdefault("remote_path", "server:/export")
+        domain = FileDomain.create(
+            token, str(mount), make_id(), version=version, storage_type=storage_type, ctime=CTIME, **options
+        )
+        made.append(domain)
+        return domain
+
+    yield create
+    for domain in made:
+        domain.close()
+
+
+def record(domain, image, **changes):
+    values = {"domain": domain.uuid, "image": image, "parent": BLANK, "capacity": 8192, "format": "RAW"}
+    values |= {"type": "SPARSE", "voltype": "LEAF", "disktype": "DATA", "description": "", "legality": "LEGAL"}
+    return VolumeMetadata(**{**values, "ctime": CTIME, **changes})
+
+
+def add_volume(domain, token, image=None, **changes):
+    image, volume = image or make_id(), make_id()
+    domain.allocate(token, image, volume, 8192)
+    domain.publish(token, volume, record(domain, image, **changes))
+    return image, volume
+
+
+@pytest.mark.parametrize("case", ["v1_nfs", "v3_nfs", "v4_glusterfs_512", "v5_nfs", "v5_localfs", "iso", "export"])
+def test_fd01_a_new_domain_is_laid_out_as_other_hosts_do(make, case):
+    expected = json.loads((GOLDEN / case / "expected.json").read_text())
+    raw = expected["domain_metadata_raw"]
+    domain = make(
+        expected["version"],
+        raw["TYPE"],
+        domain_class=raw["CLASS"],
+        description=raw["DESCRIPTION"],
+        remote_path=raw["REMOTE_PATH"],
+    )
+    want = {key: value for key, value in raw.items() if not key.startswith(("POOL_", "MASTER_"))}
+    assert domain.metadata.raw == {**want, "POOL_UUID": "", "SDUUID": domain.uuid, "ROLE": "Regular"}
+    tree = {entry["path"]: (entry["mode"], entry.get("size")) for entry in expected["tree"]}
+    for path, (permission, size) in tree.items():
+        if path.split("/")[0] == "master" and case != "export":
+            continue
+        if path.startswith("images/") and path != "images/":
+            continue
+        state = Path(domain.name, path).stat()
+        assert oct(state.st_mode & 0o777) == permission, path
+        if size is not None and path not in ("dom_md/metadata", "dom_md/xleases"):
+            assert state.st_size == size, path
+    assert Path(domain.name, "master").is_dir() == (case == "export")
+    assert (case == "iso") == Path(domain.name, "images/11111111-1111-1111-1111-111111111111").is_dir()
+
+
+def test_lock_of_old_domains_is_a_free_safelease_block(make):
+    assert (Path(make(0).name) / "dom_md/leases").read_bytes() == SafeleaseTag(None).pack()
+
+
+def test_fd02_a_second_domain_on_a_mount_is_refused(make, token):
+    domain = make()
+    with pytest.raises(AlreadyExists):
+        FileDomain.create(
+            token,
+            str(Path(domain.name).parent),
+            make_id(),
+            version=5,
+            storage_type="NFS",
+            remote_path="server:/export",
+            ctime=CTIME,
+        )
+
+
+def test_fd02_unsupported_block_size_is_refused_before_anything_is_made(tmp_path, token):
+    with pytest.raises(UnsupportedVersion):
+        FileDomain.create(
+            token, str(tmp_path), make_id(), version=4, storage_type="NFS", remote_path="s:/e", block_size=4096, ctime=1
+        )
+    assert names(tmp_path) == ["pool.lock"]
+
+
+def test_fd04_discovery_finds_domains_and_nothing_else(make, tmp_path):
+    domain = make()
+    mount = str(Path(domain.name).parent)
+    Path(mount, make_id()).mkdir()
+    Path(mount, make_id()).symlink_to(domain.name)
+    assert discover(mount) == [domain.name]
+    (tmp_path / "[fd00::1]:_a").mkdir()
+    assert discover(str(tmp_path / "[fd00::1]:_a")) == []
+    with FileDomain.open(mount) as opened:
+        assert opened.uuid == domain.uuid
+    with pytest.raises(NotFound):
+        FileDomain.open(str(tmp_path / "[fd00::1]:_a"))
+
+
+def test_fd05_volume_life_leaves_nothing(make, token):
+    domain = make()
+    image, volume = add_volume(domain, token)
+    folder = Path(domain.name) / "images" / image
+    assert names(folder) == [volume, f"{volume}.lease", f"{volume}.meta"]
+    assert [mode(folder / name) for name in names(folder)] == [
+        "0o660",
+        "0o660",
+        "0o644",
+    ]
+    with contextlib.closing(domain.open_volume(volume, writable=True)) as storage:
+        storage.write(0, [b"pattern"])
+    assert domain.record(volume) == record(domain, image)
+    assert domain.lease_name(volume) == volume
+    domain.mark_removed(token, image, [volume])
+    assert domain.entries()[volume].removed
+    domain.purge(token, image)
+    assert domain.entries() == {} and names(folder.parent) == []
+
+
+def test_fd05_records_are_replaced_whole_also_in_the_images_that_share_them(make, token):
+    domain = make()
+    image, volume = add_volume(domain, token, voltype="SHARED")
+    clone, _ = add_volume(domain, token)
+    domain.share(token, volume, clone)
+    domain.write_record(token, volume, record(domain, image, voltype="SHARED", description="new"))
+    metas = [Path(domain.name) / "images" / where / f"{volume}.meta" for where in (image, clone)]
+    assert len({meta.stat().st_ino for meta in metas}) == 1
+    assert b"DESCRIPTION=new\n" in metas[1].read_bytes()
+
+
+def test_fd03_listing_tells_templates_with_their_own_image_first(make, token):
+    domain = make()
+    assert domain.entries() == {}
+    image, template = add_volume(domain, token, voltype="SHARED")
+    clones = [add_volume(domain, token) for _ in range(3)]
+    for clone, _ in clones:
+        domain.share(token, template, clone)
+    domain.refresh()
+    entry = domain.entries()[template]
+    assert entry.images == (image, *sorted(clone for clone, _ in clones)) and entry.parent == BLANK
+    assert {domain.entries()[volume].parent for _, volume in clones} == {None}
+
+
+def test_fd15_purge_of_an_image_that_another_purges_is_fine(make, token):
+    domain = make()
+    image, volume = add_volume(domain, token)
+    domain.mark_removed(token, image, [volume])
+    domain.purge(token, image)
+    domain.purge(token, image)
+
+
+def test_removing_one_volume_of_an_image_keeps_the_others(make, token):
+    domain = make()
+    image, first = add_volume(domain, token)
+    _, second = add_volume(domain, token, image=image)
+    domain.mark_removed(token, image, [first])
+    assert domain.entries()[first].removed and not domain.entries()[second].removed
+    domain.purge(token, image)
+    assert list(domain.entries()) == [second]
+    with pytest.raises(NotFound):
+        domain.mark_removed(token, image, [first])
+
+
+def test_removing_an_image_leaves_the_template_it_used(make, token):
+    domain = make()
+    own, template = add_volume(domain, token, voltype="SHARED")
+    image, volume = add_volume(domain, token)
+    domain.share(token, template, image)
+    domain.mark_removed(token, image, [volume])
+    assert domain.entries()[template].images == (own,)
+    domain.purge(token, image)
+    assert domain.record(template).voltype == "SHARED"
+
+
+def test_what_a_creation_left_is_found_and_swept(make, token):
+    domain = make()
+    image, volume = make_id(), make_id()
+    domain.allocate(token, image, volume, 4096)
+    assert domain.entries()[volume].initializing
+    with pytest.raises(AlreadyExists):
+        domain.allocate(token, image, volume, 4096)
+    (Path(domain.name) / "images" / image / f"{volume}.meta.new").touch()
+    (Path(domain.name) / "dom_md/metadata.new").touch()
+    found = domain.leftovers()
+    assert sorted(leftover.kind for leftover in found) == ["new file", "new file", "unfinished volume"]
+    domain.sweep(token, found)
+    assert domain.leftovers() == [] and domain.entries() == {}
+
+
+def test_an_abandoned_volume_leaves_nothing_and_a_complete_one_stays(make, token):
+    domain = make()
+    image, volume = make_id(), make_id()
+    domain.allocate(token, image, volume, 4096)
+    domain.abandon(token, image, volume)
+    assert names(f"{domain.name}/images") == []
+    image, volume = add_volume(domain, token)
+    with pytest.raises(Illegal):
+        domain.abandon(token, image, volume)
+
+
+def test_old_versions_guard_volumes_by_their_mode(make, token):
+    domain = make(0)
+    _, volume = add_volume(domain, token)
+    domain.set_writable(token, [volume], False)
+    assert mode(domain.path_of(volume)) == "0o440"
+    domain.set_writable(token, [volume], True)
+    assert mode(domain.path_of(volume)) == "0o660"
+
+
+def test_no_change_without_a_valid_token(make, token):
+    domain = make()
+    image, volume = add_volume(domain, token)
+    token.close()
+    for call in (
+        lambda: domain.change(token, {"DESCRIPTION": "x"}),
+        lambda: domain.allocate(token, image, make_id(), 1),
+        lambda: domain.write_record(token, volume, record(domain, image)),
+        lambda: domain.mark_removed(token, image, [volume]),
+        lambda: domain.purge(token, image),
+        lambda: domain.destroy(token),
+    ):
+        with pytest.raises(NotAuthorized):
+            call()
+
+
+def test_a_changed_key_is_sealed_and_unknown_keys_stay(tmp_path, token):
+    path = rebuild_file_domain(GOLDEN / "v3_nfs", tmp_path)
+    meta = path / "dom_md/metadata"
+    with FileDomain.open(str(path)) as domain:
+        domain.change(token, {"FUTURE": "kept"})
+        domain.change(token, {"DESCRIPTION": "données"})
+        assert domain.metadata.description == "données"
+    with FileDomain.open(str(path)) as domain:
+        assert domain.metadata.raw["FUTURE"] == "kept" and domain.metadata.description == "données"
+    assert meta.stat().st_mode & 0o777 == 0o644 and not meta.with_name("metadata.new").exists()
+
+
+def test_a_broken_seal_ends_opening(tmp_path):
+    path = rebuild_file_domain(GOLDEN / "v3_nfs", tmp_path)
+    meta = path / "dom_md/metadata"
+    meta.write_text(meta.read_text().replace("ROLE=Master", "ROLE=Regular"))
+    with pytest.raises(MetadataError, match="seal"):
+        FileDomain.open(str(path))
+
+
+@pytest.mark.parametrize("bad", ["", "..", "x", make_id() + "\n", make_id().upper(), "*"])
+def test_names_that_are_no_uuid_reach_no_file(make, token, bad):
+    domain = make()
+    good = make_id()
+    for call in (
+        lambda: domain.allocate(token, bad, good, 1),
+        lambda: domain.allocate(token, good, bad, 1),
+        lambda: domain.record(bad),
+        lambda: domain.open_volume(bad),
+        lambda: domain.mark_removed(token, bad, []),
+        lambda: domain.purge(token, bad),
+    ):
+        with pytest.raises(InvalidName):
+            call()
+
+
+@pytest.mark.parametrize("where", ["images", "image", "data", "meta", "dom_md"])
+def test_links_in_a_domain_lead_nowhere(make, token, tmp_path, where):
+    domain = make()
+    image, volume = add_volume(domain, token)
+    secret = tmp_path / "outside"
+    secret.mkdir()
+    (secret / "file").write_bytes(b"secret")
+    root = Path(domain.name)
+    target = {
+        "images": root / "images",
+        "image": root / "images" / image,
+        "data": root / "images" / image / volume,
+        "meta": root / "images" / image / f"{volume}.meta",
+        "dom_md": root / "dom_md",
+    }[where]
+    target.rename(tmp_path / "moved")
+    target.symlink_to(secret if where in ("images", "image", "dom_md") else secret / "file")
+    domain.refresh()
+    with pytest.raises((GateDenied, NotFound)):
+        if where == "dom_md":
+            domain.change(token, {"DESCRIPTION": "x"})
+        elif where == "meta":
+            domain.record(volume)
+        else:
+            domain.open_volume(volume, writable=True)
+    assert names(secret) == ["file"] and (secret / "file").read_bytes() == b"secret"
+
+
+def test_an_attached_domain_is_not_destroyed(make, token):
+    domain = make()
+    domain.change(token, {"POOL_UUID": make_id()})
+    with pytest.raises(Illegal):
+        domain.destroy(token)
+    domain.change(token, {"POOL_UUID": ""})
+    domain.destroy(token)
+    assert names(str(Path(domain.name).parent)) == []

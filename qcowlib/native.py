@@ -8,6 +8,7 @@ contract sees one edge, and what the engine needs of the core is this list.
 
 from __future__ import annotations
 
+from qcowlib._build import add_refcount, count_refcounts, fill_entries
 from qcowlib._cluster import (
     BAD_COMPRESSED_DATA_FILE,
     BAD_DATA_FILE_OFFSET,
@@ -68,6 +69,7 @@ __all__ = [
     "ReferenceCounts",
     "RunList",
     "TableSet",
+    "add_refcount",
     "bitmap_count",
     "bitmap_merge",
     "bitmap_runs",
@@ -77,6 +79,8 @@ __all__ = [
     "codec_decompress_many",
     "codec_load",
     "codec_zstd_version",
+    "count_refcounts",
+    "fill_entries",
     "first_difference",
     "is_zero",
     "zero_runs",

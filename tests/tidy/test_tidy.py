@@ -27,7 +27,7 @@ CIMPORT_ORDER = (
     {"_ondisk"},
     {"_extent"},
     {"_io", "_codec", "_deflate", "_crypt"},
-    {"_cluster", "_refcount", "_scan"},
+    {"_build", "_cluster", "_refcount", "_scan"},
 )
 CIMPORT_OUTSIDE = ("cython", "cpython", "libc", "posix")
 

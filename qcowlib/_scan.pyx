@@ -47,12 +47,48 @@ cdef extern from *:
         while (n) { total += (uint64_t)__builtin_popcount(*p); p++; n--; }
         return total;
     }
+    /* Largest of n counts. */
+    static inline unsigned qs_max(const uint16_t *p, size_t n) {
+        unsigned top = 0;
+        for (size_t i = 0; i < n; i++) top = p[i] > top ? p[i] : top;
+        return top;
+    }
+    static inline void qs_add(uint16_t *p, size_t n, uint16_t weight) {
+        for (size_t i = 0; i < n; i++) p[i] = (uint16_t)(p[i] + weight);
+    }
+    /* Whether n big-endian 16-bit refcounts are all 1. */
+    static inline int qs_ones(const uint8_t *p, size_t n) {
+        uint16_t w, odd = 0;
+        for (size_t i = 0; i < n; i++) { memcpy(&w, p + 2 * i, 2); odd |= w ^ 0x0100; }
+        return odd == 0;
+    }
+    /* Whether n counts equal n big-endian 16-bit refcounts. */
+    static inline int qs_equal(const uint16_t *p, const uint8_t *q, size_t n) {
+        uint16_t w, odd = 0;
+        for (size_t i = 0; i < n; i++) { memcpy(&w, q + 2 * i, 2); odd |= p[i] ^ __builtin_bswap16(w); }
+        return odd == 0;
+    }
+    /* How many big-endian words from p on follow each other by step, at most n. */
+    static inline size_t qs_run(const uint8_t *p, size_t n, uint64_t step) {
+        uint64_t first, word; size_t i = 1;
+        memcpy(&first, p, 8); first = __builtin_bswap64(first);
+        for (; i < n; i++) {
+            memcpy(&word, p + 8 * i, 8);
+            if (__builtin_bswap64(word) != first + i * step) break;
+        }
+        return i;
+    }
     static inline void qs_or(uint8_t *to, const uint8_t *from, size_t n) {
         for (size_t i = 0; i < n; i++) to[i] |= from[i];
     }
     """
     int qs_zero(const uint8_t *p, size_t n) noexcept nogil
     uint64_t qs_popcount(const uint8_t *p, size_t n) noexcept nogil
+    unsigned qs_max(const uint16_t *p, size_t n) noexcept nogil
+    void qs_add(uint16_t *p, size_t n, uint16_t weight) noexcept nogil
+    bint qs_ones(const uint8_t *p, size_t n) noexcept nogil
+    bint qs_equal(const uint16_t *p, const uint8_t *q, size_t n) noexcept nogil
+    size_t qs_run(const uint8_t *p, size_t n, uint64_t step) noexcept nogil
     void qs_or(uint8_t *to, const uint8_t *from_, size_t n) noexcept nogil
 
 cdef enum:
@@ -588,7 +624,6 @@ cdef class ReferenceCounts:
             self.corruptions += table.weight
             self._event(E_BITMAP, index, offset, 0)
             table.flags |= TABLE_EVENTS
-            return 0
         if offset & (size - 1):
             self.corruptions += table.weight
             table.flags |= TABLE_EVENTS
@@ -604,6 +639,62 @@ cdef class ReferenceCounts:
             table.flags |= TABLE_EVENTS
         return 0
 
+    cdef bint _plain_run(self, uint64_t entry, uint64_t count, TableRef *table) noexcept nogil:
+        """Count *count* adjacent clusters at once; False, and nothing done, unless all is as usual.
+
+        As usual: inside the file, no count near its limit, and COPIED set
+        with a stored 16-bit refcount of 1.
+        """
+        cdef uint64_t first = (entry & QC_OFFSET_MASK) >> self.cluster_bits
+        cdef uint64_t last = first + count
+        cdef uint64_t cluster
+        cdef uint64_t step
+        cdef uint64_t mask = ((<uint64_t> 1 << self.block_bits) - 1)
+        cdef const uint8_t *block
+        cdef uint16_t *chunk
+        cdef bint check_copied = table.active != 0 and table.offset != 0
+        if last << self.cluster_bits > self.file_size:
+            return False
+        if check_copied and not (entry & QC_COPIED and self.refcount_order == 4):
+            return False
+        cluster = first
+        while cluster < last:
+            step = min(last - cluster, CHUNK - (cluster & (CHUNK - 1)), mask + 1 - (cluster & mask))
+            chunk = self.chunks[cluster >> CHUNK_BITS]
+            if chunk == NULL:
+                chunk = self.chunks[cluster >> CHUNK_BITS] = <uint16_t *> calloc(CHUNK, sizeof(uint16_t))
+            if chunk == NULL or qs_max(chunk + (cluster & (CHUNK - 1)), step) + table.weight > self.small_limit:
+                return False
+            if check_copied:
+                if cluster >> self.block_bits >= self.block_count:
+                    return False
+                block = self.blocks[cluster >> self.block_bits]
+                if block == NULL or block == &_UNREADABLE or not qs_ones(block + (cluster & mask) * 2, step):
+                    return False
+            cluster += step
+        cluster = first
+        while cluster < last:
+            step = min(last - cluster, CHUNK - (cluster & (CHUNK - 1)))
+            qs_add(self.chunks[cluster >> CHUNK_BITS] + (cluster & (CHUNK - 1)), step, <uint16_t> table.weight)
+            cluster += step
+        return True
+
+    cdef uint64_t _plain(self, const uint8_t *data, uint64_t room, TableRef *table, uint64_t *expected) noexcept nogil:
+        """Count the run of plain clusters at the start of *data*; returns its length or 0."""
+        cdef uint64_t entry = qc_be64(data)
+        cdef uint64_t size = <uint64_t> 1 << self.cluster_bits
+        cdef uint64_t count
+        if entry & (QC_COMPRESSED | QC_L2_RESERVED | QC_ZERO | (size - 1)) or not entry & QC_OFFSET_MASK:
+            return 0
+        count = qs_run(data, room, size)
+        if count < 8 or not self._plain_run(entry, count, table):
+            return 0
+        self.allocated += table.active * count
+        if expected[0] and entry & QC_OFFSET_MASK != expected[0]:
+            self.fragmented += table.active
+        expected[0] = (entry & QC_OFFSET_MASK) + size * count
+        return count
+
     cdef int _scan(self, const uint8_t *data, TableRef *table) except -1 nogil:
         """Count one L2 table, in the order of its entries."""
         cdef unsigned width = 16 if self.extended else 8
@@ -611,11 +702,23 @@ cdef class ReferenceCounts:
         cdef uint64_t entry
         cdef uint64_t bitmap = 0
         cdef uint64_t expected = 0
+        cdef uint64_t following = 0
         cdef uint64_t index
-        for index in range(count):
+        cdef uint64_t run
+        cdef uint64_t tried = 0
+        self.entries += count
+        while following < count:
+            index = following
+            following += 1
             entry = qc_be64(data + index * width)
             if self.extended:
                 bitmap = qc_be64(data + index * width + 8)
+            elif entry and index >= tried and not self.data_file:
+                run = self._plain(data + index * width, count - index, table, &expected)
+                if run:
+                    following = index + run
+                    continue
+                tried = index + 8
             if entry == 0 and bitmap == 0:
                 continue
             if entry & QC_COMPRESSED:
@@ -633,7 +736,6 @@ cdef class ReferenceCounts:
                 self.corruptions += table.weight
                 self._event(E_UNALLOCATED_BITMAP, index, entry, 0)
                 table.flags |= TABLE_EVENTS
-        self.entries += count
         return 0
 
     def scan_tables(self, const uint8_t[::1] data not None, uint64_t base, TableSet tables not None,
@@ -685,6 +787,15 @@ cdef class ReferenceCounts:
                 found.append((index, entry, refcount))
         return found
 
+    cdef uint64_t _last_counted(self, uint64_t first, uint64_t end) noexcept nogil:
+        """Return the last counted cluster of a part of one chunk, or 0."""
+        cdef const uint16_t *chunk = self.chunks[first >> CHUNK_BITS]
+        while end > first:
+            end -= 1
+            if chunk[end & (CHUNK - 1)]:
+                return end
+        return 0
+
     def compare(self, size_t limit):
         """Compare counted and stored refcounts of all clusters.
 
@@ -702,6 +813,7 @@ cdef class ReferenceCounts:
         cdef uint64_t stored
         cdef uint64_t counted
         cdef uint64_t step = min(<uint64_t> CHUNK, <uint64_t> 1 << self.block_bits)
+        cdef uint64_t mask = (<uint64_t> 1 << self.block_bits) - 1
         cdef bint missing = False
         cdef const uint16_t *chunk
         cdef const uint8_t *block
@@ -716,6 +828,11 @@ cdef class ReferenceCounts:
                 if chunk == NULL and block == NULL:
                     cluster = end
                     continue
+                if self.refcount_order == 4 and chunk != NULL and block != NULL and block != &_UNREADABLE:
+                    if qs_equal(chunk + (cluster & (CHUNK - 1)), block + (cluster & mask) * 2, end - cluster):
+                        highest = max(highest, self._last_counted(cluster, end))
+                        cluster = end
+                        continue
                 while cluster < end:
                     counted = chunk[cluster & (CHUNK - 1)] if chunk != NULL else 0
                     if self._stored(cluster, &stored):

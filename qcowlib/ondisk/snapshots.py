@@ -130,7 +130,7 @@ def parse_snapshots(
             raise FormatError(
                 f"Too much extra metadata in snapshot table entry {index}",
                 path=path,
-                hint="You can force-remove this extra metadata by updating the image via qemu-img check -r all",
+                hint="You can force-remove this extra metadata with qemu-img check -r all",
             )
         extra = take(min(extra_len, MAX_SNAPSHOT_EXTRA))
         position += extra_len - len(extra)
@@ -145,8 +145,7 @@ def parse_snapshots(
             raise FormatError(
                 "Snapshot table is too big",
                 path=path,
-                hint=f"You can force-remove all {count - index} overhanging snapshots by repairing the image "
-                "via qemu-img check -r all",
+                hint=f"You can force-remove all {count - index} overhanging snapshots with qemu-img check -r all",
             )
         entries.append(
             SnapshotEntry(

@@ -34,6 +34,7 @@ from qcowlib.ondisk import (
     MAX_L1_BYTES,
     REFCOUNT_TABLE_OFFSET_MASK,
     REFCOUNT_TABLE_RESERVED,
+    BitmapEntry,
     Header,
     SnapshotEntry,
     parse_bitmap_directory,
@@ -108,7 +109,7 @@ _TEXTS: Final[dict[int, tuple[str, str]]] = {
     2: ("compressed", "ERROR: coffset=0x{1:x}: copied flag must never be set for compressed clusters"),
     3: ("compressed", "ERROR compressed cluster {0} with data file, entry=0x{1:x}"),
     4: ("compressed", "ERROR compressed cluster {0} with non-zero subcluster allocation bitmap, entry=0x{1:x}"),
-    5: ("subclusters", "{3} offset={1:x}: Allocated cluster has corrupted subcluster allocation bitmap"),
+    5: ("subclusters", "ERROR offset={1:x}: Allocated cluster has corrupted subcluster allocation bitmap"),
     6: ("unaligned", "{3} offset={1:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."),
     7: ("unaligned", "ERROR offset={1:x}: Data cluster is not properly aligned; L2 entry corrupted."),
     8: ("subclusters", "ERROR: Unallocated cluster has non-zero subcluster allocation map"),
@@ -351,13 +352,10 @@ class ReferenceWalk:
         self._reference(offset, length)
         header = self.header
         count = header.bitmaps.nb_bitmaps if header.bitmaps is not None else 0
-        try:
-            data = self.reader.keep(offset, length)
-            bitmaps = parse_bitmap_directory(memoryview(data), count, header.virtual_size, header.cluster_bits)
-        except FormatError:
-            self._own_corruptions += 1
-            self.failure = errno.EINVAL
-            return
+        data = self.reader.keep(offset, length)
+        bitmaps = parse_bitmap_directory(
+            memoryview(data), count, header.virtual_size, header.cluster_bits, path=self._storage.name
+        )
         for bitmap in bitmaps:
             self._reference(bitmap.table_offset, bitmap.table_size * 8)
             self._budget -= bitmap.table_size
@@ -367,11 +365,18 @@ class ReferenceWalk:
                 for _, entry in _nonzero_words(piece):
                     place = entry & _BITMAP_OFFSET
                     if entry & _BITMAP_RESERVED or (place and (entry & 1 or place % header.cluster_size)):
-                        self._own_corruptions += 1
-                        self.failure = errno.EINVAL
+                        self._broken_bitmap(bitmap)
                         return
                     if place:
                         self._reference(place, header.cluster_size)
+
+    def _broken_bitmap(self, bitmap: BitmapEntry) -> None:
+        """A table that opening would load makes the image unusable, another one ends the check."""
+        if not bitmap.in_use:
+            text = f"Could not read bitmap_table table from image for bitmap '{printable(bitmap.name)}'"
+            raise FormatError(f"{text}: Invalid argument", path=self._storage.name)
+        self._own_corruptions += 1
+        self.failure = errno.EINVAL
 
     def _count_refcount_blocks(self) -> None:
         size = self.header.cluster_size
@@ -476,9 +481,10 @@ class ReferenceWalk:
             what = f"l1_size={_hex(snapshot.l1_size)}: L1 table is too large"
         else:
             return None
-        name = f"{printable(snapshot.id)} ({printable(snapshot.name)})"
-        text = f"ERROR snapshot {name} {what}; snapshot table entry corrupted"
-        return Finding("snapshot", "corruption", text, snapshot.l1_table_offset, f"snapshot {printable(snapshot.id)}")
+        # Up to a NUL, as C prints them.
+        name, title = (printable(word.partition(b"\0")[0]) for word in (snapshot.id, snapshot.name))
+        text = f"ERROR snapshot {name} ({title}) {what}; snapshot table entry corrupted"
+        return Finding("snapshot", "corruption", text, snapshot.l1_table_offset, f"snapshot {name}")
 
     # -- COPIED --------------------------------------------------------------------
 

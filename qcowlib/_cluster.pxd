@@ -14,6 +14,7 @@ cdef struct Slot:
     bint busy              # holds the table of l1_index
     bint used              # touched since the clock hand passed
     bint fresh             # not reachable on storage yet: written whole before it is published
+    bint writing           # a copy of it is on the way to storage
 
 cdef enum WriteAction:
     WRITE_NEED = -1        # a table must be loaded (or made) first
@@ -40,6 +41,11 @@ cdef class ClusterMap:
     cdef readonly int slot_count
     cdef int slots_made
     cdef int hand
+    cdef readonly int dirty_count
+    # Host clusters that hold metadata (open addressing; 0 = free, else cluster + 1).
+    cdef uint64_t *guarded
+    cdef uint64_t guarded_mask
+    cdef uint64_t guarded_count
     cdef readonly uint32_t l1_dirty_lo
     cdef readonly uint32_t l1_dirty_hi
     # The last corruption met: what, and the numbers for the message.
@@ -52,6 +58,8 @@ cdef class ClusterMap:
     cdef int _lookup_ext(self, uint8_t *table, uint64_t pos, uint64_t maxlen, int *kind, uint64_t *host, uint64_t *length) noexcept nogil
     cdef int _corrupt(self, int what, uint64_t value, uint64_t l1, uint64_t l2) noexcept nogil
     cdef int plan(self, uint64_t pos, uint64_t maxlen, uint64_t *host, uint64_t *length) noexcept nogil
+    cdef int _guard_one(self, uint64_t cluster) except -1
+    cdef bint _is_guarded(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _resize_l1(self, uint32_t count) except -1
     cdef int _take_slot(self) except -2
     cdef void _own(self, int number, uint32_t index) noexcept
@@ -71,9 +79,9 @@ cdef class ChainMap:
     cdef public bint fast_write
     cdef uint64_t pins[2]
     cdef int parity
-    cdef readonly uint64_t writers
     cdef int need_layer
     cdef uint64_t need_l1
     cdef int resolve_into(self, uint64_t pos, uint64_t length, size_t limit, RunVec *out) noexcept nogil
     cdef bint _plain(self, RunVec *vec) noexcept nogil
     cdef int _write_vec(self, RunVec *vec, const char *buf, uint64_t base, uint64_t *fail) noexcept nogil
+    cdef bint _read_into(self, char *buf, uint64_t length, uint64_t offset)

@@ -13,7 +13,7 @@ offsets are checked for alignment and for the external data file's rule before
 they leave this module (Invariant: I9).
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
@@ -81,6 +81,7 @@ cdef class ClusterMap:
             free(self.slots)
         free(self.l1)
         free(self.slot_of)
+        free(self.guarded)
 
     # -- L1 ------------------------------------------------------------------------------------------------------
 
@@ -113,12 +114,12 @@ cdef class ClusterMap:
         cdef int i
         if count == 0:
             for i in range(self.slots_made):
-                self.slots[i].busy = False
-                self.slots[i].fresh = False
+                self.slots[i].busy = self.slots[i].fresh = self.slots[i].writing = False
                 self.slots[i].dirty_lo = self.slots[i].dirty_hi = 0
             if self.slot_of != NULL:
                 memset(self.slot_of, 0, self.l1_size * sizeof(int32_t))
             self.l1_size = 0
+            self.dirty_count = 0
             return 0
         l1 = <uint64_t *> calloc(count, sizeof(uint64_t))
         slot_of = <int32_t *> calloc(count, sizeof(int32_t))
@@ -223,7 +224,7 @@ cdef class ClusterMap:
             slot = &self.slots[self.hand]
             if not slot.busy:
                 return self.hand
-            if slot.dirty_lo != slot.dirty_hi or slot.fresh:
+            if slot.dirty_lo != slot.dirty_hi or slot.fresh or slot.writing:
                 continue
             if slot.used:
                 slot.used = False
@@ -258,7 +259,7 @@ cdef class ClusterMap:
         cdef Slot *slot = &self.slots[number]
         slot.l1_index = index
         slot.busy = slot.used = True
-        slot.fresh = False
+        slot.fresh = slot.writing = False
         slot.dirty_lo = slot.dirty_hi = 0
         self.slot_of[index] = number + 1
 
@@ -268,20 +269,25 @@ cdef class ClusterMap:
         if index >= self.l1_size:
             raise IndexError(index)
         number = self.slot_of[index] - 1
+        if number >= 0:
+            raise ValueError("the table exists")
+        number = self._take_slot()
         if number < 0:
-            number = self._take_slot()
-            if number < 0:
-                return False
+            return False
         memset(self.slots[number].table, 0, self.cluster_size)
         self._own(number, index)
         self.slots[number].fresh = True
+        self.dirty_count += 1
         return True
 
     def set_fresh(self, uint32_t index):
         """The loaded table of *index* moves to a new place: it must be written whole before L1 names it."""
         if index >= self.l1_size or not self.slot_of[index]:
             raise IndexError(index)
-        self.slots[self.slot_of[index] - 1].fresh = True
+        cdef Slot *slot = &self.slots[self.slot_of[index] - 1]
+        if not slot.fresh and slot.dirty_lo == slot.dirty_hi:
+            self.dirty_count += 1
+        slot.fresh = True
 
     def dirty(self):
         """The tables with unwritten bytes: ``[(l1 index, first byte, last byte + 1, fresh)]``."""
@@ -294,18 +300,21 @@ cdef class ClusterMap:
                 out.append((slot.l1_index, slot.dirty_lo, slot.dirty_hi, bool(slot.fresh)))
         return out
 
-    def dirty_room(self):
-        """How many more tables may become dirty before a commit is needed."""
-        cdef int i, used = 0
-        for i in range(self.slots_made):
-            if self.slots[i].busy and (self.slots[i].fresh or self.slots[i].dirty_lo != self.slots[i].dirty_hi):
-                used += 1
-        return self.slot_count - used
+    def room(self, uint32_t index):
+        """Whether the table of *index* is dirty already, or may become so before a commit is needed."""
+        cdef Slot *slot
+        if self.dirty_count + 2 < self.slot_count:
+            return True
+        if index >= self.l1_size or not self.slot_of[index]:
+            return False
+        slot = &self.slots[self.slot_of[index] - 1]
+        return slot.fresh or slot.dirty_lo != slot.dirty_hi
 
     def take(self, uint32_t index, bint whole, uint32_t unit):
         """Copy the dirty bytes of a table, widened to multiples of *unit*, and mark it clean.
 
-        Returns ``(start byte in the table, bytes)``.
+        Returns ``(start byte in the table, bytes)``.  The table stays in memory
+        until :meth:`written`: what is on storage is older than it.
         """
         if index >= self.l1_size or not self.slot_of[index]:
             raise IndexError(index)
@@ -314,19 +323,30 @@ cdef class ClusterMap:
         if not whole:
             lo = slot.dirty_lo // unit * unit
             hi = min((slot.dirty_hi + unit - 1) // unit * unit, <uint32_t> self.cluster_size)
+        if slot.fresh or slot.dirty_lo != slot.dirty_hi:
+            self.dirty_count -= 1
         slot.dirty_lo = slot.dirty_hi = 0
         slot.fresh = False
+        slot.writing = True
         return lo, PyBytes_FromStringAndSize(<char *> slot.table + lo, hi - lo)
+
+    def written(self):
+        """Every copy that :meth:`take` gave out is on storage, or marked dirty again."""
+        cdef int i
+        for i in range(self.slots_made):
+            self.slots[i].writing = False
 
     def mark(self, uint32_t index, uint32_t lo, uint32_t hi, bint fresh):
         """Mark bytes of a table dirty again (a write of them failed)."""
         if index < self.l1_size and self.slot_of[index] and lo <= hi <= self.cluster_size:
             self._dirty(&self.slots[self.slot_of[index] - 1], lo, hi)
             if fresh:
-                self.slots[self.slot_of[index] - 1].fresh = True
+                self.set_fresh(index)
 
     cdef void _dirty(self, Slot *slot, uint32_t lo, uint32_t hi) noexcept nogil:
         if slot.dirty_lo == slot.dirty_hi:
+            if not slot.fresh:
+                self.dirty_count += 1
             slot.dirty_lo = lo
             slot.dirty_hi = hi
         else:
@@ -498,6 +518,93 @@ cdef class ClusterMap:
             host[0] += pos - start
         return OK
 
+    # -- metadata places -------------------------------------------------------------------------------------------
+
+    cdef int _guard_one(self, uint64_t cluster) except -1:
+        cdef uint64_t *old = self.guarded
+        cdef uint64_t size, i, j, at
+        if 2 * (self.guarded_count + 1) > self.guarded_mask:
+            size = 256 if old == NULL else 2 * (self.guarded_mask + 1)
+            self.guarded = <uint64_t *> calloc(size, sizeof(uint64_t))
+            if self.guarded == NULL:
+                self.guarded = old
+                raise MemoryError()
+            j = 0 if old == NULL else self.guarded_mask + 1
+            self.guarded_mask = size - 1
+            for i in range(j):
+                if old[i]:
+                    at = (old[i] * 0x9E3779B97F4A7C15ULL) >> 20 & self.guarded_mask
+                    while self.guarded[at]:
+                        at = (at + 1) & self.guarded_mask
+                    self.guarded[at] = old[i]
+            free(old)
+        at = ((cluster + 1) * 0x9E3779B97F4A7C15ULL) >> 20 & self.guarded_mask
+        while self.guarded[at]:
+            if self.guarded[at] == cluster + 1:
+                return 0
+            at = (at + 1) & self.guarded_mask
+        self.guarded[at] = cluster + 1
+        self.guarded_count += 1
+        return 0
+
+    cdef bint _is_guarded(self, uint64_t offset, uint64_t length) noexcept nogil:
+        cdef uint64_t cluster, at
+        if self.guarded == NULL or length == 0:
+            return False
+        for cluster in range(offset >> self.cluster_bits, ((offset + length - 1) >> self.cluster_bits) + 1):
+            at = ((cluster + 1) * 0x9E3779B97F4A7C15ULL) >> 20 & self.guarded_mask
+            while self.guarded[at]:
+                if self.guarded[at] == cluster + 1:
+                    return True
+                at = (at + 1) & self.guarded_mask
+        return False
+
+    def guard(self, uint64_t offset, uint64_t length):
+        """Host bytes from *offset* hold metadata: guest data must never be written there (Invariant: I9)."""
+        cdef uint64_t cluster
+        if length:
+            for cluster in range(offset >> self.cluster_bits, ((offset + length - 1) >> self.cluster_bits) + 1):
+                self._guard_one(cluster)
+
+    def guard_tables(self):
+        """Guard every L2 table that L1 names."""
+        cdef uint32_t i
+        for i in range(self.l1_size):
+            if self.l1[i] & QC_OFFSET_MASK:
+                self._guard_one((self.l1[i] & QC_OFFSET_MASK) >> self.cluster_bits)
+
+    def guarded_in(self, uint64_t offset, uint64_t length):
+        """Whether any of these host bytes hold metadata."""
+        return self._is_guarded(offset, length)
+
+    def unguard(self, uint64_t offset, uint64_t length):
+        """The clusters were freed and may hold anything."""
+        cdef uint64_t cluster, at, hole, home
+        if self.guarded == NULL or length == 0:
+            return
+        for cluster in range(offset >> self.cluster_bits, ((offset + length - 1) >> self.cluster_bits) + 1):
+            at = ((cluster + 1) * 0x9E3779B97F4A7C15ULL) >> 20 & self.guarded_mask
+            while self.guarded[at] and self.guarded[at] != cluster + 1:
+                at = (at + 1) & self.guarded_mask
+            if not self.guarded[at]:
+                continue
+            self.guarded_count -= 1
+            # Close the gap: entries behind it move up if their home allows.
+            hole = at
+            while True:
+                self.guarded[hole] = 0
+                while True:
+                    at = (at + 1) & self.guarded_mask
+                    if not self.guarded[at]:
+                        break
+                    home = (self.guarded[at] * 0x9E3779B97F4A7C15ULL) >> 20 & self.guarded_mask
+                    if ((at - home) & self.guarded_mask) >= ((at - hole) & self.guarded_mask):
+                        break
+                if not self.guarded[at]:
+                    break
+                self.guarded[hole] = self.guarded[at]
+                hole = at
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     cdef int _write_class(self, uint64_t e, uint64_t bitmap, uint64_t pos, uint64_t maxlen, uint64_t *host) noexcept nogil:
@@ -625,8 +732,11 @@ cdef class ClusterMap:
             guest += self.cluster_size
             host += self.cluster_size
 
-    def set_zero(self, uint64_t guest, uint32_t count, bint keep, RunList freed):
-        """Make *count* whole clusters read as zeros; with *keep* they keep their own space."""
+    def set_zero(self, uint64_t guest, uint32_t count, bint keep, bint skip_empty, RunList freed):
+        """Make *count* whole clusters read as zeros; with *keep* they keep their own space.
+
+        With *skip_empty* entries that are unallocated stay so.
+        """
         cdef uint32_t i
         cdef uint64_t e, place
         cdef uint64_t *entry = self._entry(guest)
@@ -635,6 +745,9 @@ cdef class ClusterMap:
         self._touch(guest, count)
         for i in range(count):
             e = qc_swap64(entry[0])
+            if skip_empty and e == 0 and (not self.extended or entry[1] == 0):
+                entry += 2 if self.extended else 1
+                continue
             place = 0
             if not e & QC_COMPRESSED and e & QC_COPIED and (keep or self.has_data_file):
                 place = (e & QC_OFFSET_MASK) | QC_COPIED
@@ -828,36 +941,47 @@ cdef class ChainMap:
         The caller has checked the bounds.
         """
         cdef Py_buffer view
+        if not self.fast_read:
+            return False
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            return self._read_into(<char *> view.buf, view.len, offset)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef bint _read_into(self, char *buf, uint64_t length, uint64_t offset):
         cdef Run runs[STACK_RUNS]
         cdef RunVec vec
         cdef uint64_t fail = 0
         cdef int code, parity
-        if not self.fast_read:
-            return False
-        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         vec.runs = runs
         vec.count = 0
         vec.room = STACK_RUNS
         vec.borrowed = True
-        try:
-            if self.resolve_into(offset, view.len, 4096, &vec) != OK:
-                return False
-            if vec.count and vec.runs[vec.count - 1].guest + vec.runs[vec.count - 1].length != offset + view.len:
-                return False
-            if not self._plain(&vec):
-                return False
-            if view.len < SMALL:
-                code = self.fds.read_vec(&vec, <char *> view.buf, offset, &fail)
+        code = self.resolve_into(offset, length, 4096, &vec)
+        if code == OK and vec.count:
+            code = vec.runs[vec.count - 1].guest + vec.runs[vec.count - 1].length != offset + length
+        if code == OK and self._plain(&vec):
+            if length < SMALL:
+                code = self.fds.read_vec(&vec, buf, offset, &fail)
             else:
                 parity = self.parity
                 self.pins[parity] += 1
                 with nogil:
-                    code = self.fds.read_vec(&vec, <char *> view.buf, offset, &fail)
+                    code = self.fds.read_vec(&vec, buf, offset, &fail)
                 self.pins[parity] -= 1
-            return code == 0
-        finally:
-            rv_free(&vec)
-            PyBuffer_Release(&view)
+        else:
+            code = NEED
+        rv_free(&vec)
+        return code == OK
+
+    def read_bytes(self, uint64_t length, uint64_t offset):
+        """As :meth:`read_hit`, into a new bytes object; ``None`` when the engine must do it."""
+        cdef object out
+        if not self.fast_read or length == 0 or length > 0x7FFFFFFF:
+            return None
+        out = PyBytes_FromStringAndSize(NULL, length)
+        return out if self._read_into(PyBytes_AS_STRING(out), length, offset) else None
 
     cdef bint _plain(self, RunVec *vec) noexcept nogil:
         cdef size_t i
@@ -871,17 +995,21 @@ cdef class ChainMap:
     def write_hit(self, buffer, uint64_t offset):
         """Overwrite in place if every byte has its own cluster already; false when the engine must do it.
 
-        Changes no metadata.  The caller has checked the bounds.
+        Changes no metadata, and is short enough to keep the GIL, so that the
+        lookup still holds when the bytes arrive.  The caller has checked the bounds.
         """
         cdef Py_buffer view
         cdef Run runs[STACK_RUNS]
         cdef RunVec vec
         cdef uint64_t host, part, done = 0, fail = 0
-        cdef int code = 0, parity
+        cdef int code
         cdef ClusterMap m
         if not self.fast_write or not self.fds.layers[0].direct:
             return False
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+        if view.len >= SMALL:
+            PyBuffer_Release(&view)
+            return False
         vec.runs = runs
         vec.count = 0
         vec.room = STACK_RUNS
@@ -895,19 +1023,12 @@ cdef class ChainMap:
                 while done < <uint64_t> view.len:
                     if m.plan(offset + done, view.len - done, &host, &part) != WRITE_IN_PLACE:
                         return False
+                    if not m.has_data_file and m._is_guarded(host, part):
+                        return False
                     if rv_append(&vec, RUN_DATA, offset + done, part, host, 0) < 0:
                         raise MemoryError()
                     done += part
-            if view.len < SMALL:
-                code = self._write_vec(&vec, <const char *> view.buf, offset, &fail)
-            else:
-                parity = self.parity
-                self.pins[parity] += 1
-                self.writers += 1
-                with nogil:
-                    code = self._write_vec(&vec, <const char *> view.buf, offset, &fail)
-                self.writers -= 1
-                self.pins[parity] -= 1
+            code = self._write_vec(&vec, <const char *> view.buf, offset, &fail)
             return code == 0
         finally:
             rv_free(&vec)
@@ -922,11 +1043,3 @@ cdef class ChainMap:
             if code:
                 return code
         return 0
-
-    def enter_write(self):
-        """A writer outside the hit lane starts; pairs with :meth:`leave_write`."""
-        self.writers += 1
-
-    def leave_write(self):
-        """A writer outside the hit lane ends."""
-        self.writers -= 1

@@ -27,6 +27,7 @@ cdef struct Block:
     uint8_t *data          # NULL: not in memory
     uint32_t dirty_lo      # bytes storage does not have yet; lo == hi: none
     uint32_t dirty_hi
+    bint writing           # a copy of it is on the way to storage
 
 
 cdef class Refcounts:
@@ -175,13 +176,15 @@ cdef class Refcounts:
 
     cdef void _room(self) noexcept:
         cdef uint64_t tries
+        cdef Block *block
         if self.loaded_count < self.limit:
             return
         for tries in range(self.table_size):
             self.hand = (self.hand + 1) % self.table_size
-            if self.blocks[self.hand].data != NULL and self.blocks[self.hand].dirty_lo == self.blocks[self.hand].dirty_hi:
-                free(self.blocks[self.hand].data)
-                self.blocks[self.hand].data = NULL
+            block = &self.blocks[self.hand]
+            if block.data != NULL and block.dirty_lo == block.dirty_hi and not block.writing:
+                free(block.data)
+                block.data = NULL
                 self.loaded_count -= 1
                 return
 
@@ -289,6 +292,20 @@ cdef class Refcounts:
                 return OK, cluster
             cluster += 1
 
+    def used_in(self, data):
+        """How many counts in the bytes of one block are not zero."""
+        cdef Py_buffer view
+        cdef uint64_t i, used = 0
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if view.len != 1LL << self.cluster_bits:
+                raise ValueError("a refcount block is one cluster")
+            for i in range(self.per_block):
+                used += qc_get_refcount(<uint8_t *> view.buf, i, self.order) != 0
+        finally:
+            PyBuffer_Release(&view)
+        return used
+
     # -- write back ----------------------------------------------------------------------------------------------
 
     def dirty(self):
@@ -312,7 +329,14 @@ cdef class Refcounts:
         if hi > (1U << self.cluster_bits):
             hi = 1U << self.cluster_bits
         block.dirty_lo = block.dirty_hi = 0
+        block.writing = True
         return lo, PyBytes_FromStringAndSize(<char *> block.data + lo, hi - lo)
+
+    def written(self):
+        """Every copy that :meth:`take` gave out is on storage, or marked dirty again."""
+        cdef uint64_t i
+        for i in range(self.table_size):
+            self.blocks[i].writing = False
 
     def mark(self, uint64_t index, uint32_t lo, uint32_t hi):
         """Mark bytes dirty again (a write of them failed)."""

@@ -16,6 +16,7 @@ ZERO       reads as zeros whatever lies below; ``host`` is the reserved space or
 DATA       bytes at ``host`` of the layer's data storage
 COMPRESSED one compressed cluster; ``host`` is the raw L2 entry
 END        past the end of this layer: zeros, and the search stops
+SPARSE     a data cluster whose bytes are a hole of the file: reads as zeros
 ========== ==================================================================
 """
 
@@ -23,17 +24,18 @@ from __future__ import annotations
 
 from typing import Final, Literal, NamedTuple
 
-__all__ = ["COMPRESSED", "DATA", "END", "HOLE", "NO_OFFSET", "ZERO", "Extent", "ExtentKind"]
+__all__ = ["COMPRESSED", "DATA", "END", "HOLE", "NO_OFFSET", "SPARSE", "ZERO", "Extent", "ExtentKind"]
 
 HOLE: Final = 0
 ZERO: Final = 1
 DATA: Final = 2
 COMPRESSED: Final = 3
 END: Final = 4
+SPARSE: Final = 5
 
 NO_OFFSET: Final = (1 << 64) - 1
 
-ExtentKind = Literal["data", "zero", "hole", "compressed"]
+ExtentKind = Literal["data", "zero", "hole", "compressed", "sparse"]
 
 
 class Extent(NamedTuple):

@@ -456,6 +456,10 @@ class Header:
         self.backing_file_offset = self.header_length + len(area) if self.backing_file is not None else 0
         return (self._pack_fields(len(name)) + area + name).ljust(self.cluster_size, b"\0")
 
+    def pack_fields(self) -> bytes:
+        """Return the fixed fields only, for writing a few of them in place."""
+        return self._pack_fields(len(self.backing_file or b""))
+
     def _extensions_to_write(self) -> list[tuple[int, bytes]]:
         result: list[tuple[int, bytes]] = []
         if self.backing_format:

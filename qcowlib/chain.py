@@ -1,0 +1,210 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""A backing chain: opening its layers through the gate, and one mapping over all of them.
+
+Invariants: the format of a base comes from its overlay's header or from the
+caller, never from its first bytes (N4); a chain is finite (loops are found by
+file identity, depth is bounded by :data:`MAX_DEPTH`); only the top layer is
+ever changed.  A lookup resolves through all layers before any byte is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from qcowlib.driver import DATA, HOLE, SPARSE, ZERO
+from qcowlib.errors import CorruptImage, Error, FormatError, StorageError
+from qcowlib.native import ChainMap, LayerFds, RunList
+from qcowlib.ondisk import is_qcow2
+from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.qcow2.write import Writer
+from qcowlib.raw import RawImage, RawWriter
+
+if TYPE_CHECKING:
+    from qcowlib.runtime import Runtime
+    from qcowlib.storage.base import Storage
+
+__all__ = ["MAX_DEPTH", "Chain", "Layer"]
+
+MAX_DEPTH: Final = 200
+"""Layers in a chain, at most."""
+
+RUN_LIMIT: Final = 4096
+"""Runs that one lookup returns, about: what bounds its memory."""
+
+_IO_MISSING = -100000  # as _io.pxd
+
+Layer = Qcow2Image | RawImage
+
+
+class _LayerInfo(NamedTuple):
+    name: str
+    format: str
+    size: int
+    storage: Storage
+
+
+class Chain:
+    """Layers, top first, with the mapping through all of them.
+
+    *sparse* refines maps with what the file system knows about holes, where a
+    file looks preallocated as qemu judges it.
+    """
+
+    def __init__(self, runtime: Runtime, layers: list[Layer], *, punch: bool = True) -> None:
+        if len(layers) > MAX_DEPTH:
+            raise FormatError(f"the chain has more than {MAX_DEPTH} layers", path=layers[0].storage.name)
+        self.runtime = runtime
+        self.layers = layers
+        self.top = layers[0]
+        fds = LayerFds(len(layers))
+        for number, layer in enumerate(layers):
+            self._set_fds(fds, number, layer)
+        maps = [layer.cmap if isinstance(layer, Qcow2Image) else None for layer in layers]
+        self.map = ChainMap(maps, [layer.size for layer in layers], fds)
+        self.map.fast_read = True
+        self.map.fast_write = isinstance(self.top, RawImage) and self.top.writable
+        self.writer: Writer | RawWriter
+        if isinstance(self.top, Qcow2Image):
+            self.top.chain_map = self.map
+            self.writer = Writer(self.top, self.read_into, self.reads_zero, has_backing=len(layers) > 1, punch=punch)
+        else:
+            self.writer = RawWriter(self.top)
+
+    @staticmethod
+    def _set_fds(fds: LayerFds, number: int, layer: Layer) -> None:
+        segments = layer.data.fd_map() if layer.plain else None
+        pad = layer.cluster_size if isinstance(layer, Qcow2Image) else 512
+        fds.set(number, segments, pad)
+
+    def refresh(self) -> None:
+        """The top layer's size, or the place of its bytes, changed."""
+        self.map.set_size(0, self.top.size)
+        self._set_fds(self.map.fds, 0, self.top)
+
+    @property
+    def size(self) -> int:
+        """Guest bytes."""
+        return self.top.size
+
+    # -- mapping ---------------------------------------------------------------
+
+    async def resolve(self, offset: int, length: int, *, limit: int = RUN_LIMIT, ahead: bool = False) -> RunList:
+        """Return the runs from *offset* on: all of *length*, or as much as *limit* runs cover."""
+        runs = RunList()
+        end = offset + length
+        while True:
+            start = runs.end if len(runs) else offset
+            code, layer, guest = self.map.resolve(start, end - start, limit, runs)
+            if code == 0:
+                return runs
+            image = self.layers[layer]
+            if not isinstance(image, Qcow2Image):
+                raise CorruptImage("a raw layer has no tables", path=image.storage.name)
+            if code == 2:
+                raise image.tables.corruption()
+            index = image.tables.index(guest)
+            await image.tables.load(index, image.tables.index(end - 1) + 1 if ahead else None)
+
+    async def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether the mapping alone says that the range reads as zeros."""
+        runs = await self.resolve(offset, length, limit=16)
+        return runs.end >= offset + length and all(run[0] in (HOLE, ZERO) for run in runs)
+
+    async def map_range(self, offset: int, length: int) -> RunList:
+        """As :meth:`resolve`, with holes that the file systems know about as runs of their own."""
+        runs = await self.resolve(offset, length, ahead=True)
+        if any(kind == DATA and self._may_have_holes(layer) for kind, _, _, _, layer in runs):
+            return await self.runtime.io(self._refine, runs)
+        return runs
+
+    def _may_have_holes(self, layer: int) -> bool:
+        image = self.layers[layer]
+        return isinstance(image, RawImage) or image.looks_preallocated()
+
+    def _refine(self, runs: RunList) -> RunList:
+        refined = RunList()
+        for kind, guest, length, host, layer in runs:
+            if kind != DATA or not self._may_have_holes(layer):
+                refined.add(kind, guest, length, host, layer)
+                continue
+            image = self.layers[layer]
+            hole = ZERO if isinstance(image, RawImage) else SPARSE
+            size = image.data.size
+            inside = min(length, max(size - host, 0))
+            for extent in image.data.extents(host, inside):
+                refined.add(
+                    DATA if extent.kind == "data" else hole,
+                    guest + extent.start - host,
+                    extent.length,
+                    extent.start,
+                    layer,
+                )
+            if inside < length:
+                refined.add(
+                    ZERO if isinstance(image, RawImage) else SPARSE,
+                    guest + inside,
+                    length - inside,
+                    host + inside,
+                    layer,
+                )
+            if len(refined) > 4 * RUN_LIMIT:
+                break
+        return refined
+
+    # -- reading ---------------------------------------------------------------
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill *view* from guest *offset*; the caller has checked the bounds."""
+        position, end = offset, offset + len(view)
+        while position < end:
+            runs = await self.resolve(position, end - position)
+            pin = self.map.pin()
+            try:
+                covered = min(runs.end, end)
+                await self.runtime.io(self.read_runs, runs, view[position - offset : covered - offset], position)
+            finally:
+                self.map.unpin(pin)
+            position = covered
+
+    def read_runs(self, runs: RunList, view: memoryview, base: int) -> None:
+        """Execute *runs* into *view*, whose first byte is guest offset *base* (blocking, thread-safe)."""
+        left, code, layer, offset = self.map.fds.read_runs(runs, view, base)
+        if code:
+            image = self.layers[layer]
+            if code == _IO_MISSING:
+                raise CorruptImage(f"data at offset {offset:#x} lies past the end of the file", path=image.data.name)
+            raise StorageError(code, path=image.data.name, operation="read", offset=offset)
+        for index in left:
+            kind, guest, length, host, layer = runs[index]
+            start = guest - base
+            self.layers[layer].read_run(kind, host, guest, length, view[start : start + length])
+
+    # -- writing ---------------------------------------------------------------
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write *data* at guest *offset*."""
+        await self.writer.write(offset, data)
+
+    async def flush(self) -> None:
+        """Make every finished change durable."""
+        await self.top.flush()
+
+    def close(self) -> None:
+        """Close every storage (blocking); errors of the first one are raised at the end."""
+        first: Error | None = None
+        for layer in self.layers:
+            for storage in {id(s): s for s in (layer.storage, layer.data)}.values():
+                try:
+                    storage.close()
+                except Error as error:
+                    first = first or error
+        if first is not None:
+            raise first
+
+
+def probe_format(storage: Storage) -> str:
+    """Return ``qcow2`` or ``raw`` by the first bytes: only for what the caller named, never for a base."""
+    head = bytearray(8)
+    storage.read_into(0, [head])
+    return "qcow2" if storage.size >= 8 and is_qcow2(bytes(head)) else "raw"

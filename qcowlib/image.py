@@ -1,0 +1,317 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""An open image for synchronous callers.
+
+Invariant: thin.  It checks bounds, tries the compiled hit lane, and else runs
+one engine coroutine under :class:`~qcowlib.runtime.SyncRuntime`; nothing is
+decided here.  Any number of threads may use one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from qcowlib.chain import Chain
+from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET, SPARSE, ZERO, Extent, ExtentKind
+from qcowlib.errors import OutOfRange, ReadOnly, UsageError
+from qcowlib.gate import References, qemu_like
+from qcowlib.native import RunList
+from qcowlib.opening import OpenOptions, open_chain
+from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.runtime import SyncRuntime
+
+if TYPE_CHECKING:
+    import io
+    from types import TracebackType
+
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from qcowlib.chain import Layer
+    from qcowlib.opening import Source
+
+__all__ = ["CacheMode", "Image", "check_range", "open", "run_extents"]
+
+CacheMode = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
+
+_KINDS: dict[int, ExtentKind] = {
+    HOLE: "hole",
+    ZERO: "zero",
+    DATA: "data",
+    COMPRESSED: "compressed",
+    SPARSE: "sparse",
+}
+
+
+def run_extents(runs: RunList) -> Iterator[Extent]:
+    """Yield *runs* as extents."""
+    for kind, guest, length, host, layer in runs:
+        offset = None if host == NO_OFFSET or kind == COMPRESSED else host
+        yield Extent(_KINDS[kind], guest, length, offset, layer, kind != HOLE)
+
+
+def check_range(offset: int, length: int, size: int, path: str) -> None:
+    """Raise OutOfRange unless *length* bytes from *offset* lie inside *size*."""
+    if offset < 0 or length < 0 or offset + length > size:
+        raise OutOfRange(f"range {offset}+{length} is outside the image of {size} bytes", path=path)
+
+
+class Image:
+    """An open image; made by :func:`open`.  Offsets and lengths are guest bytes."""
+
+    __slots__ = ("_chain", "_closed", "_map", "_runtime", "mode", "path")
+
+    def __init__(self, chain: Chain, runtime: SyncRuntime, mode: str) -> None:
+        self._chain = chain
+        self._map = chain.map
+        self._runtime = runtime
+        self._closed = False
+        self.mode = mode
+        self.path = chain.top.storage.name
+
+    # -- what it is ------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Guest bytes."""
+        return self._chain.size
+
+    @property
+    def format(self) -> str:
+        """``qcow2`` or ``raw``."""
+        return self._chain.top.format
+
+    @property
+    def cluster_size(self) -> int | None:
+        """Bytes per cluster; ``None`` for raw."""
+        top = self._chain.top
+        return top.cluster_size if isinstance(top, Qcow2Image) else None
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The chain, top first; each has ``format``, ``size``, ``storage`` and ``data``."""
+        return tuple(self._chain.layers)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the image is closed", path=self.path)
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if self.mode != "r+":
+            raise ReadOnly("the image is open for reading", path=self.path)
+
+    # -- reading ---------------------------------------------------------------
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Return *length* bytes from *offset*, fewer at the end of the image, as ``os.pread``."""
+        size = self._chain.size
+        if self._closed or offset < 0 or length < 0:
+            self._check_open()
+            check_range(offset, length, size, self.path)
+        if offset + length > size:
+            length = max(size - offset, 0)
+        data = self._map.read_bytes(length, offset)
+        if data is None:
+            buffer = bytearray(length)
+            self._runtime.run(self._chain.read_into(offset, memoryview(buffer)))
+            data = bytes(buffer)
+        return data
+
+    def preadinto(self, buffer: WriteableBuffer, offset: int) -> int:
+        """Fill *buffer* from *offset*; returns the bytes read, fewer at the end of the image."""
+        self._check_open()
+        view = memoryview(buffer).cast("B")
+        size = self._chain.size
+        if offset < 0:
+            check_range(offset, len(view), size, self.path)
+        if offset + len(view) > size:
+            view = view[: max(size - offset, 0)]
+        if len(view) and not self._map.read_hit(view, offset):
+            self._runtime.run(self._chain.read_into(offset, view))
+        return len(view)
+
+    def file(self) -> io.RawIOBase:
+        """Return a seekable file object over the guest bytes; closing it leaves the image open."""
+        from qcowlib.fileview import FileView
+
+        self._check_open()
+        return FileView(self)
+
+    # -- mapping ---------------------------------------------------------------
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Yield the extents that cover the range, in order, looking up as it goes.
+
+        Neighbours that continue each other are one extent.
+        """
+        size = self._chain.size
+        end = size if length is None else offset + length
+        check_range(offset, end - offset, size, self.path)
+        last: Extent | None = None
+        while offset < end:
+            runs = self.map(offset, end - offset)
+            for extent in run_extents(runs):
+                if last is not None and _continues(last, extent):
+                    last = last._replace(length=last.length + extent.length)
+                    continue
+                if last is not None:
+                    yield last
+                last = extent
+            offset = runs.end
+        if last is not None:
+            yield last
+
+    def map(self, offset: int, length: int) -> RunList:
+        """Return the runs from *offset* on, through the chain; may cover less than *length*.
+
+        Each is ``(kind, guest offset, length, host offset, layer)`` with the
+        kinds of :mod:`qcowlib.driver`.
+        """
+        self._check_open()
+        check_range(offset, length, self._chain.size, self.path)
+        return self._runtime.run(self._chain.map_range(offset, length))
+
+    def read_runs(self, runs: RunList, buffer: WriteableBuffer, base: int) -> None:
+        """Read what :meth:`map` answered; *base* is the guest offset of the buffer's first byte.
+
+        Only while nobody writes to the image: the runs are as old as the map.
+        """
+        self._check_open()
+        self._chain.read_runs(runs, memoryview(buffer).cast("B"), base)
+
+    # -- writing ---------------------------------------------------------------
+
+    def pwrite(self, data: ReadableBuffer, offset: int) -> int:
+        """Write all of *data* at *offset*; returns its length.
+
+        Durable after the next :meth:`flush`.  Raises: OutOfRange past the
+        end (nothing is written), ReadOnly, StorageError.
+        """
+        self._check_writable()
+        view = memoryview(data).cast("B")
+        check_range(offset, len(view), self._chain.size, self.path)
+        if len(view) and not self._map.write_hit(view, offset):
+            self._runtime.run(self._chain.write(offset, view))
+        return len(view)
+
+    def write_compressed(self, data: ReadableBuffer, offset: int) -> None:
+        """Store one whole guest cluster compressed, where nothing is allocated yet."""
+        self._check_writable()
+        writer = self._chain.writer
+        if not hasattr(writer, "write_compressed"):
+            raise UsageError("Compression not supported for this file format", path=self.path)
+        self._runtime.run(writer.write_compressed(offset, memoryview(data).cast("B")))
+
+    def zero(self, length: int, offset: int, *, unmap: bool = True) -> None:
+        """Make the range read as zeros, whatever the backing files hold.
+
+        With *unmap* space is given back; without, clusters keep their space.
+        """
+        self._check_writable()
+        check_range(offset, length, self._chain.size, self.path)
+        if length:
+            self._runtime.run(self._chain.writer.zero(offset, length, unmap=unmap))
+
+    def discard(self, length: int, offset: int) -> None:
+        """Give whole clusters inside the range back; they read as zeros afterwards.
+
+        A version 2 image with a backing file keeps them, as qemu does.
+        """
+        self._check_writable()
+        check_range(offset, length, self._chain.size, self.path)
+        if length:
+            self._runtime.run(self._chain.writer.discard(offset, length))
+
+    def flush(self) -> None:
+        """Return when everything written before is durable."""
+        self._check_open()
+        if self.mode == "r+":
+            self._runtime.run(self._chain.flush())
+
+    # -- ending ----------------------------------------------------------------
+
+    def close(self) -> None:
+        """Commit what is left and close every file.  A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._map.fast_read = self._map.fast_write = False
+        try:
+            if self.mode == "r+":
+                self._runtime.run(self._chain.top.finish())
+        finally:
+            self._chain.close()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self.mode
+        return f"<qcowlib.Image {self.path!r} {self.format} {state}>"
+
+
+def _continues(last: Extent, extent: Extent) -> bool:
+    if last.kind != extent.kind or last.depth != extent.depth or last.present != extent.present:
+        return False
+    if last.offset is None or extent.offset is None:
+        return last.offset is extent.offset
+    return extent.offset == last.offset + last.length
+
+
+def open(
+    path: Source,
+    mode: Literal["r", "r+"] = "r",
+    *,
+    format: str | None = None,
+    snapshot: str | None = None,
+    references: References = qemu_like,
+    cache: CacheMode = "writeback",
+    force_share: bool = False,
+    secret: str | bytes | None = None,
+    data_file: Source | None = None,
+    backing: bool = True,
+    backing_format: str | None = None,
+    lock: bool = True,
+    discard: Literal["unmap", "ignore"] = "unmap",
+) -> Image:
+    """Open an image: a file name, a descriptor, a storage, or (reading) an object with ``pread`` or ``readinto``.
+
+    *format* is ``qcow2`` or ``raw``; without it the first bytes decide for
+    this image, never for its bases.  *snapshot* (id or name) reads an internal
+    snapshot.  *references* is the policy for files that the image names
+    (:mod:`qcowlib.gate`).  *backing* false opens the top layer alone.
+    *secret* unlocks an encrypted image.  *force_share* reads although
+    somebody writes; *lock* false takes no locks at all.
+
+    Raises: FormatError, UnsupportedFeature, GateDenied, Busy, SecretError,
+    StorageError.
+    """
+    if mode not in ("r", "r+"):
+        raise UsageError(f"mode {mode!r} is neither 'r' nor 'r+'")
+    runtime = SyncRuntime()
+    options = OpenOptions(
+        writable=mode == "r+",
+        format=format,
+        snapshot=snapshot,
+        references=references,
+        cache=cache,
+        force_share=force_share,
+        secret=secret,
+        data_file=data_file,
+        backing=backing,
+        backing_format=backing_format,
+        lock=lock,
+        discard=discard,
+    )
+    return Image(open_chain(runtime, path, options), runtime, mode)

@@ -1,0 +1,223 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Opening an image and the chain below it (blocking; any runtime may run the result).
+
+Invariants: what is locked is what is read and used, one descriptor for all
+(N5); an image that others may be writing is not opened, unless the caller says
+``force_share``; nothing that an image names is opened before the policy said
+so (N2).  On any error everything opened so far is closed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from qcowlib.chain import MAX_DEPTH, Chain, Layer, probe_format
+from qcowlib.errors import Error, FormatError, ReadOnly, SecretError, UnsupportedFeature, UsageError, printable
+from qcowlib.gate import References, parse_name, qemu_like
+from qcowlib.ondisk import CRYPT_NONE, Header, SnapshotEntry
+from qcowlib.qcow2.image import Qcow2Image, read_header, read_snapshots
+from qcowlib.qcow2.tables import CACHE_BYTES, MIN_CACHE_BYTES
+from qcowlib.raw import RawImage
+from qcowlib.storage.file import FileStorage
+from qcowlib.units import MiB
+
+if TYPE_CHECKING:
+    from qcowlib.qcow2.read import Cipher
+    from qcowlib.runtime import Runtime
+    from qcowlib.storage.base import Storage
+    from qcowlib.storage.reader import PositionedReader, SeekableReader
+
+    Source = str | bytes | os.PathLike[str] | int | Storage | PositionedReader | SeekableReader
+
+__all__ = ["FORMATS", "OpenOptions", "open_chain", "open_storage"]
+
+FORMATS = ("qcow2", "raw")
+
+
+class OpenOptions(NamedTuple):
+    """How to open; see :func:`qcowlib.open` for the meaning of each."""
+
+    writable: bool = False
+    format: str | None = None
+    snapshot: str | None = None
+    references: References = qemu_like
+    cache: str = "writeback"
+    force_share: bool = False
+    secret: str | bytes | None = None
+    data_file: Source | None = None
+    backing: bool = True
+    backing_format: str | None = None
+    lock: bool = True
+    discard: str = "unmap"
+
+
+def open_storage(source: Source, *, writable: bool, cache: str) -> Storage:
+    """Return a storage for whatever the caller gave: a name, a descriptor, a storage, a readable object."""
+    if isinstance(source, str | bytes | os.PathLike | int):
+        return FileStorage.open(source, writable=writable, cache=cache)
+    if hasattr(source, "read_into") and hasattr(source, "fd_map"):
+        return cast("Storage", source)
+    from qcowlib.storage.reader import ReaderStorage
+
+    if writable:
+        raise UsageError("an object that can only be read cannot be opened for writing")
+    return ReaderStorage(source)
+
+
+def open_chain(runtime: Runtime, source: Source, options: OpenOptions) -> Chain:
+    """Open *source* and what it stands on.  Raises any :class:`~qcowlib.errors.Error`."""
+    if options.format is not None and options.format not in FORMATS:
+        raise UsageError(f"Unknown driver '{printable(options.format)}'")
+    if options.writable and options.force_share:
+        raise UsageError("force-share=on can only be used with read-only images")
+    if options.discard not in ("unmap", "ignore"):
+        raise UsageError(f"Invalid discard option: {printable(options.discard)}")
+    opened: list[Storage] = []
+    try:
+        layers = _open_layers(runtime, source, options, opened)
+        return Chain(runtime, layers, punch=options.discard == "unmap")
+    except BaseException:
+        for storage in opened:
+            storage.close()
+        raise
+
+
+def _open_layers(runtime: Runtime, source: Source, options: OpenOptions, opened: list[Storage]) -> list[Layer]:
+    storage = open_storage(source, writable=options.writable, cache=options.cache)
+    opened.append(storage)
+    fmt = options.format or probe_format(storage)
+    layers: list[Layer] = []
+    seen: set[tuple[int, int]] = set()
+    cache_bytes = CACHE_BYTES
+    while True:
+        top = not layers
+        _remember(storage, seen)
+        _lock(storage, fmt, options, writable=options.writable and top)
+        if fmt == "raw":
+            if top and options.snapshot is not None:
+                raise UsageError("raw images have no snapshots", path=storage.name)
+            layers.append(RawImage(runtime, storage, writable=options.writable and top))
+            return layers
+        image = _open_qcow2(runtime, storage, options, opened, top, cache_bytes)
+        layers.append(image)
+        if image.header.backing_file is None or not image.header.backing_file or not options.backing:
+            return layers
+        if len(layers) >= MAX_DEPTH:
+            raise FormatError(f"the chain has more than {MAX_DEPTH} layers", path=storage.name)
+        storage, fmt = _open_backing(image, options, top)
+        opened.append(storage)
+        # Lower layers share what is left: memory is bounded for the whole chain.
+        cache_bytes = max(MIN_CACHE_BYTES, min(4 * MiB, cache_bytes))
+
+
+def _remember(storage: Storage, seen: set[tuple[int, int]]) -> None:
+    identity = getattr(storage, "identity", None)
+    if identity is not None:
+        if identity in seen:
+            raise FormatError(f"Backing file '{printable(storage.name)}' creates an infinite loop.", path=storage.name)
+        seen.add(identity)
+
+
+def _lock(storage: Storage, fmt: str, options: OpenOptions, *, writable: bool) -> None:
+    if not options.lock or not isinstance(storage, FileStorage):
+        return
+    from qcowlib.storage.imagelock import lock_image
+
+    if options.force_share:
+        lock_image(storage.fileno(), storage.name, "force_share")
+    else:
+        # Raw images promise nothing to others, as in qemu: they have no metadata to lose.
+        lock_image(storage.fileno(), storage.name, "write" if writable else "read", reserve=fmt != "raw")
+
+
+def _open_qcow2(
+    runtime: Runtime, storage: Storage, options: OpenOptions, opened: list[Storage], top: bool, cache_bytes: int
+) -> Qcow2Image:
+    writable = options.writable and top
+    if writable and not storage.writable:
+        raise ReadOnly("the storage is open for reading", path=storage.name)
+    header = read_header(storage, writable=writable)
+    snapshot = _find_snapshot(storage, header, options.snapshot) if top and options.snapshot is not None else None
+    if writable and header.is_dirty:
+        header = _repair_refcounts(storage)
+    data: Storage | None = None
+    if header.has_data_file:
+        data = _open_data_file(storage, header, options, writable)
+        opened.append(data)
+    cipher = _cipher(storage, header, options) if header.crypt_method != CRYPT_NONE else None
+    return Qcow2Image(
+        runtime,
+        storage,
+        header,
+        data=data,
+        cipher=cipher,
+        writable=writable,
+        cache_bytes=cache_bytes,
+        snapshot=snapshot,
+    )
+
+
+def _repair_refcounts(storage: Storage) -> Header:
+    """Source: qemu repairs an image with the dirty bit inside a writable open."""
+    raise UnsupportedFeature("the refcounts are stale and must be repaired first", path=storage.name)
+
+
+def _find_snapshot(storage: Storage, header: Header, wanted: str) -> SnapshotEntry:
+    """Find a snapshot by id, else by name."""
+    key = wanted.encode(errors="surrogateescape")
+    entries = read_snapshots(storage, header)
+    for entry in entries:
+        if entry.id == key:
+            return entry
+    for entry in entries:
+        if entry.name == key:
+            return entry
+    raise UsageError(f"Can't find snapshot '{printable(wanted)}'", path=storage.name)
+
+
+def _open_data_file(storage: Storage, header: Header, options: OpenOptions, writable: bool) -> Storage:
+    if options.data_file is not None:
+        return open_storage(options.data_file, writable=writable, cache=options.cache)
+    if header.data_file_name is None:
+        raise FormatError("'data-file' is required for this image", path=storage.name)
+    name = os.fsdecode(header.data_file_name)
+    return options.references.open("data-file", name, storage.name, writable=writable, cache=options.cache)
+
+
+def _open_backing(image: Qcow2Image, options: OpenOptions, top: bool) -> tuple[Storage, str]:
+    header = image.header
+    owner = image.storage.name
+    stored = os.fsdecode(header.backing_file or b"")
+    try:
+        name = parse_name(stored, owner=owner)
+        fmt = name.format or (os.fsdecode(header.backing_format) if header.backing_format else None)
+        if options.backing_format is not None and top:
+            fmt = options.backing_format
+        if fmt is not None and fmt not in FORMATS:
+            raise UsageError(f"Unknown driver '{printable(fmt)}'", path=owner)
+        storage = options.references.open("backing", name.path, owner, writable=False, cache=options.cache)
+    except Error as error:
+        error.message = f"Could not open backing file: {error.message}"
+        error.args = (error.message, *error.args[1:])
+        raise
+    if fmt is None:
+        try:
+            if probe_format(storage) != "raw":
+                raise FormatError(
+                    f"the format of backing file '{printable(stored)}' is not recorded",
+                    path=owner,
+                    hint="Give it (backing_format=...) or record it (qcow rebase -u -F ...).",
+                )
+            fmt = "raw"
+        except BaseException:
+            storage.close()
+            raise
+    return storage, fmt
+
+
+def _cipher(storage: Storage, header: Header, options: OpenOptions) -> Cipher:
+    if options.secret is None:
+        raise SecretError("Parameter 'encrypt.key-secret' is required for cipher", path=storage.name)
+    raise UnsupportedFeature("encrypted images cannot be opened yet", path=storage.name)

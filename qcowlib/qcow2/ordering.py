@@ -1,0 +1,356 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""The ordered write-back: the only place that writes metadata of an open image.
+
+A commit takes a *cut*, a copy of everything that changed, and sends it in
+ranks, with a barrier (flush of the data file, then of the image) between:
+
+======= ===================================================== =================
+PREPARE new tables, refcount increments                       barrier
+GROW    refcount table entries of new blocks, its new place   barrier, if used
+PUBLISH entries in reachable L2 tables, L1, header fields     barrier
+RECLAIM references that nothing on storage uses any more      in memory; rides on
+        are taken away                                        the next PREPARE
+======= ===================================================== =================
+
+Guest data was written before its entry came into the cut, so the first barrier
+makes it durable before anything points at it.  What changes while a cut is
+under way belongs to the next one, since the cut is a copy.
+
+Invariants kept here: I1, I2, I5, I8 (the ranks), I4 (RECLAIM only after the
+last barrier and after every older pin), L5 (after a failed barrier nothing is
+published by this handle any more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from qcowlib.driver import COMPRESSED
+from qcowlib.errors import CorruptImage, Error, StorageError
+from qcowlib.native import RunList
+from qcowlib.ondisk import INCOMPAT_DIRTY, OFFSET_MASK, unpack_compressed
+from qcowlib.units import round_up
+
+if TYPE_CHECKING:
+    from qcowlib.native import ChainMap, ClusterMap
+    from qcowlib.ondisk import Header
+    from qcowlib.qcow2.refcounts import RefcountStore
+    from qcowlib.runtime import Runtime
+    from qcowlib.storage.base import Storage
+
+__all__ = ["GROW", "PREPARE", "PUBLISH", "Mutex", "Writeback"]
+
+PREPARE: Final = 0
+GROW: Final = 1
+PUBLISH: Final = 2
+
+Write = tuple[int, bytes]
+
+
+class Mutex:
+    """One coroutine at a time; fairness is not promised."""
+
+    __slots__ = ("_held", "_queue")
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._held = False
+        self._queue = runtime.queue()
+
+    async def __aenter__(self) -> None:
+        while self._held:
+            await self._queue.wait()
+        self._held = True
+
+    async def __aexit__(self, *_: object) -> None:
+        self._held = False
+        self._queue.wake_all()
+
+
+class _Cut(NamedTuple):
+    ranks: tuple[list[Write], list[Write], list[Write]]
+    undo: list[Callable[[], None]]
+    freed: RunList
+    unmapped: RunList
+
+    @property
+    def empty(self) -> bool:
+        return not any(self.ranks)
+
+
+def _put_first(queue: list[Write], kept: list[Write]) -> None:
+    queue[:0] = kept
+
+
+class Writeback:
+    """What changed in memory and must reach storage, for one image open for writing."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        storage: Storage,
+        data: Storage,
+        header: Header,
+        cmap: ClusterMap,
+        store: RefcountStore,
+    ) -> None:
+        self.runtime = runtime
+        self.storage = storage
+        self.data = data
+        self.header = header
+        self.cmap = cmap
+        self.store = store
+        self.refs = store.refs
+        self.chain_map: ChainMap | None = None
+        self.unit = max(512, storage.align.offset)
+        #: Space whose references go after the next commit; *unmapped* is given back to the file system too.
+        self.freed = RunList()
+        self.unmapped = RunList()
+        self.failed: Error | None = None
+        self.lazy = header.lazy_refcounts
+        self.dirty_set = False
+        #: Counts the batches of released clusters: what was free to append to may not be ours any more.
+        self.releases = 0
+        self.on_release: list[Callable[[], None]] = []
+        self._queued: tuple[list[Write], list[Write], list[Write]] = ([], [], [])
+        self._new_l1 = False
+        self._new_refcount_table = False
+        self._limbo: list[tuple[RunList, RunList]] = []
+        self._old_limbo: list[tuple[RunList, RunList]] = []
+        self._mutex = Mutex(runtime)
+
+    # -- queueing --------------------------------------------------------------
+
+    def queue(self, rank: int, offset: int, data: bytes) -> None:
+        """Have *data* written at *offset* with the next commit, in *rank*."""
+        self._queued[rank].append((offset, data))
+
+    def queue_fields(self, rank: int, start: int, end: int) -> None:
+        """Have header bytes *start* to *end*, inside the first sector, written as they are now."""
+        self.queue(rank, start, self.header.pack_fields()[start:end])
+
+    def move_l1(self) -> None:
+        """L1 was given a new place in the header: written whole there, then published (I5)."""
+        self._new_l1 = True
+
+    def move_refcount_table(self) -> None:
+        """The refcount table was given a new place in the header."""
+        self._new_refcount_table = True
+
+    def check(self) -> None:
+        """Raise if an earlier barrier failed: nothing may be published any more (L5)."""
+        if self.failed is not None:
+            raise self.failed
+
+    def check_overlap(self, offset: int, length: int) -> None:
+        """Refuse to use host bytes that hold metadata (I9).  Raises CorruptImage with qemu's text."""
+        if self.cmap.guarded_in(offset, length):
+            name = self._owner(offset, length)
+            raise CorruptImage(f"Preventing invalid write on metadata (overlaps with {name})", path=self.storage.name)
+
+    def _owner(self, offset: int, length: int) -> str:
+        header = self.header
+        places = (
+            ("qcow2_header", 0, header.cluster_size),
+            ("active L1 table", header.l1_table_offset, 8 * header.l1_size),
+            ("refcount table", header.refcount_table_offset, header.refcount_table_clusters * header.cluster_size),
+        )
+        for name, start, size in places:
+            if size and start < offset + length and offset < round_up(start + size, header.cluster_size):
+                return name
+        for index in range(self.refs.table_size):
+            if offset <= self.refs.block_offset(index) < offset + length:
+                return "refcount block"
+        return "active L2 table"
+
+    # -- commit ----------------------------------------------------------------
+
+    async def commit(self, *, final: bool = False) -> None:
+        """Make everything changed so far durable, in order.
+
+        With *final* postponed refcounts are written too.  Raises StorageError;
+        after a failed write the changes stay queued, after a failed barrier
+        every later commit fails.
+        """
+        async with self._mutex:
+            self.check()
+            if self.lazy and not self.dirty_set and self._published_soon():
+                await self.set_dirty()
+            cut = self._collect(final)
+            try:
+                await self._send(cut)
+            except BaseException:
+                for undo in reversed(cut.undo):
+                    undo()
+                raise
+            finally:
+                self.cmap.written()
+                self.refs.written()
+                self.store.generation += 1
+            await self._reclaim(cut)
+
+    def _published_soon(self) -> bool:
+        return bool(self.cmap.dirty()) or self.cmap.l1_dirty_lo != self.cmap.l1_dirty_hi or any(self._queued)
+
+    async def set_dirty(self) -> None:
+        """Set the dirty bit durably: refcounts on storage may be stale from now on."""
+        self.header.incompatible_features |= INCOMPAT_DIRTY
+        await self._write(self.storage, 72, self.header.pack_fields()[72:80])
+        await self.barrier()
+        self.dirty_set = True
+
+    def _collect(self, final: bool) -> _Cut:
+        ranks: tuple[list[Write], list[Write], list[Write]] = ([], [], [])
+        undo: list[Callable[[], None]] = []
+        self._collect_tables(ranks, undo)
+        if not self.lazy or final:
+            self._collect_refcounts(ranks, undo)
+        for rank, queued in enumerate(self._queued):
+            ranks[rank].extend(queued)
+            undo.append(partial(_put_first, queued, list(queued)))
+            queued.clear()
+        freed, unmapped = self.freed, self.unmapped
+        self.freed, self.unmapped = RunList(), RunList()
+        undo.append(lambda: self._put_back(freed, unmapped))
+        return _Cut(ranks, undo, freed, unmapped)
+
+    def _put_back(self, freed: RunList, unmapped: RunList) -> None:
+        for kept, now in ((freed, self.freed), (unmapped, self.unmapped)):
+            for run in now:
+                kept.add(*run)
+        self.freed, self.unmapped = freed, unmapped
+
+    def _collect_tables(
+        self, ranks: tuple[list[Write], list[Write], list[Write]], undo: list[Callable[[], None]]
+    ) -> None:
+        cmap = self.cmap
+        for index, _, _, fresh in cmap.dirty():
+            place = cmap.l1_entry(index) & OFFSET_MASK
+            start, data = cmap.take(index, fresh, self.unit)
+            ranks[PREPARE if fresh else PUBLISH].append((place + start, data))
+            undo.append(partial(cmap.mark, index, start, start + len(data), fresh))
+        offset = self.header.l1_table_offset
+        if self._new_l1:
+            ranks[PREPARE].append((offset, cmap.l1_bytes(0, cmap.l1_size)))
+            ranks[PUBLISH].append((36, self.header.pack_fields()[36:48]))
+            self._new_l1 = False
+            undo.append(lambda: setattr(self, "_new_l1", True))
+        elif cmap.l1_dirty_lo != cmap.l1_dirty_hi:
+            per = self.unit // 8
+            first = cmap.l1_dirty_lo // per * per
+            last = min(-(-cmap.l1_dirty_hi // per) * per, cmap.l1_size)
+            ranks[PUBLISH].append((offset + 8 * first, cmap.l1_bytes(first, last)))
+            undo.append(lambda: cmap.l1_mark(first, last))
+        cmap.l1_clean()
+
+    def _collect_refcounts(
+        self, ranks: tuple[list[Write], list[Write], list[Write]], undo: list[Callable[[], None]]
+    ) -> None:
+        refs = self.refs
+        for index, _, _ in refs.dirty():
+            place = refs.block_offset(index)
+            start, data = refs.take(index, self.unit)
+            ranks[PREPARE].append((place + start, data))
+            undo.append(partial(refs.mark, index, start, start + len(data)))
+        offset = self.header.refcount_table_offset
+        if self._new_refcount_table:
+            ranks[PREPARE].append((offset, refs.table_bytes(0, refs.table_size)))
+            ranks[GROW].append((48, self.header.pack_fields()[48:60]))
+            self._new_refcount_table = False
+            undo.append(lambda: setattr(self, "_new_refcount_table", True))
+        elif refs.table_dirty_lo != refs.table_dirty_hi:
+            per = self.unit // 8
+            first = refs.table_dirty_lo // per * per
+            last = min(-(-refs.table_dirty_hi // per) * per, refs.table_size)
+            ranks[GROW].append((offset + 8 * first, refs.table_bytes(first, last)))
+            undo.append(lambda: refs.table_mark(first, last))
+        refs.table_clean()
+
+    async def _send(self, cut: _Cut) -> None:
+        prepare, grow, publish = cut.ranks
+        await self._write_all(prepare)
+        await self.barrier()
+        if grow:
+            await self._write_all(grow)
+            await self.barrier()
+        if publish:
+            await self._write_all(publish)
+            await self.barrier()
+
+    async def _write_all(self, writes: list[Write]) -> None:
+        """Write in file order, adjacent pieces in one call."""
+        writes.sort(key=lambda write: write[0])
+        index = 0
+        while index < len(writes):
+            start, data = writes[index]
+            buffers, end = [data], start + len(data)
+            index += 1
+            while index < len(writes) and writes[index][0] == end and len(buffers) < 256:
+                buffers.append(writes[index][1])
+                end += len(writes[index][1])
+                index += 1
+            await self.runtime.io(self.storage.write, start, buffers)
+
+    async def _write(self, storage: Storage, offset: int, data: bytes) -> None:
+        await self.runtime.io(storage.write, offset, [data])
+
+    async def barrier(self) -> None:
+        """Everything written before is durable when this returns; a failure is final (L5)."""
+        try:
+            if self.data is not self.storage:
+                await self.runtime.io(self.data.flush)
+            await self.runtime.io(self.storage.flush)
+        except StorageError as error:
+            self.failed = error
+            raise
+
+    # -- reclaim ---------------------------------------------------------------
+
+    async def _reclaim(self, cut: _Cut) -> None:
+        """Release what the cut unmapped, once no operation uses the old offsets (I4)."""
+        if len(cut.freed) or len(cut.unmapped):
+            self._limbo.append((cut.freed, cut.unmapped))
+        if self.chain_map is not None and self.chain_map.pinned:
+            if not self.chain_map.advance():
+                return
+            ready, self._old_limbo, self._limbo = self._old_limbo, self._limbo, []
+        else:
+            ready, self._old_limbo, self._limbo = self._old_limbo + self._limbo, [], []
+        for freed, unmapped in ready:
+            await self._punch(unmapped)
+            await self._release(unmapped)
+            await self._release(freed)
+
+    async def _punch(self, unmapped: RunList) -> None:
+        """Give space back to the file system while its count still keeps it from being reused (I4)."""
+        bits = self.header.cluster_bits
+        for kind, _, length, host, _ in unmapped:
+            if kind == COMPRESSED:
+                continue
+            start = host
+            for cluster in range(host >> bits, (host + length) >> bits):
+                if await self.store.get(cluster) != 1:
+                    await self._discard(start, (cluster << bits) - start)
+                    start = (cluster + 1) << bits
+            await self._discard(start, host + length - start)
+
+    async def _discard(self, offset: int, length: int) -> None:
+        if length > 0:
+            await self.runtime.io(self.storage.discard, offset, length)
+
+    async def _release(self, freed: RunList) -> None:
+        bits = self.header.cluster_bits
+        self.releases += 1
+        for forget in self.on_release:
+            forget()
+        for kind, _, length, host, _ in freed:
+            if kind == COMPRESSED:
+                host, length = unpack_compressed(host, bits)
+            first, last = host >> bits, ((host + length - 1) >> bits) + 1
+            await self.store.change(first, last - first, False)
+            if self.cmap.guarded_in(host, length):
+                for cluster in range(first, last):
+                    if await self.store.get(cluster) == 0:
+                        self.cmap.unguard(cluster << bits, 1)

@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Raw images: guest offset equals file offset.
+
+Invariant: the bytes are never interpreted; a raw image stays raw whatever it
+contains (N4).  The size is that of the storage, rounded up to a sector as qemu
+does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qcowlib.units import SECTOR, round_up
+
+if TYPE_CHECKING:
+    from qcowlib.runtime import Runtime
+    from qcowlib.storage.base import Storage
+
+__all__ = ["RawImage", "RawWriter"]
+
+
+class RawImage:
+    """A layer without any mapping."""
+
+    format = "raw"
+    plain = True
+
+    def __init__(self, runtime: Runtime, storage: Storage, *, writable: bool = False) -> None:
+        self.runtime = runtime
+        self.storage = storage
+        self.data = storage
+        self.writable = writable
+
+    @property
+    def size(self) -> int:
+        """Guest bytes."""
+        return round_up(self.storage.size, SECTOR)
+
+    def read_run(self, kind: int, host: int, guest: int, length: int, view: memoryview) -> None:
+        """Fill *view* from *host*; the rest of a last sector reads as zeros."""
+        self.storage.read_into(host, [view])
+
+    async def flush(self) -> None:
+        """Make finished writes durable."""
+        if self.writable:
+            await self.runtime.io(self.storage.flush)
+
+    async def finish(self) -> None:
+        """Make everything durable at the end of a session."""
+        await self.flush()
+
+
+class RawWriter:
+    """Writing a raw image; the same calls as the QCOW2 writer."""
+
+    def __init__(self, image: RawImage) -> None:
+        self.image = image
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write *data* at *offset*."""
+        await self.image.runtime.io(self.image.storage.write, offset, [data])
+
+    async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make the range read as zeros, as a hole where *unmap* allows."""
+        storage = self.image.storage
+        await self.image.runtime.io(lambda: storage.zero(offset, length, allocate=not unmap))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give the range back to the storage."""
+        await self.image.runtime.io(self.image.storage.discard, offset, length)

@@ -1,0 +1,121 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Random work on one image, against a byte model and against qemu-img reading the result."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import qcowlib
+
+SIZE = (2 << 20) + 3 * 512
+
+GEOMETRIES = [
+    "",
+    "cluster_size=512",
+    "cluster_size=4096,refcount_bits=1",
+    "extended_l2=on",
+    "extended_l2=on,cluster_size=16k",
+    "compat=0.10",
+    "lazy_refcounts=on",
+    "refcount_bits=64,cluster_size=1024",
+    "cluster_size=2M",
+    "preallocation=metadata",
+]
+
+
+def qemu_img(*words: str | Path) -> None:
+    subprocess.run(["qemu-img", *map(str, words)], check=True, capture_output=True)
+
+
+def make(folder: Path, options: str, backing: int | None, rng: random.Random) -> tuple[Path, bytearray]:
+    """Create an image with qemu-img; returns its path and what a guest reads."""
+    model = bytearray(SIZE)
+    path = folder / "image.qcow2"
+    words: list[str | Path] = ["create", "-q", "-f", "qcow2"]
+    if options:
+        words += ["-o", options]
+    if backing is not None:
+        data = rng.randbytes(4096) * (backing // 4096)
+        (folder / "base").write_bytes(data)
+        model[: min(backing, SIZE)] = data[:SIZE]
+        words += ["-b", "base", "-F", "raw"]
+    qemu_img(*words, path, str(SIZE))
+    return path, model
+
+
+class Work:
+    """One random session; every operation is applied to the image and to the model."""
+
+    def __init__(self, path: Path, model: bytearray, rng: random.Random) -> None:
+        self.path = path
+        self.model = model
+        self.rng = rng
+        self.image = qcowlib.open(path, "r+")
+
+    def place(self, lengths: list[int], aligned: float) -> tuple[int, int]:
+        offset = self.rng.randrange(SIZE)
+        if self.rng.random() < aligned:
+            offset = offset // 65536 * 65536
+        return offset, min(self.rng.choice(lengths), SIZE - offset)
+
+    def write(self) -> None:
+        offset, length = self.place([1, 511, 512, 4096, 65536, 200000, 1000000], 0.2)
+        data = bytes([self.rng.randrange(1, 256)]) * length
+        assert self.image.pwrite(data, offset) == length
+        self.model[offset : offset + length] = data
+
+    def zero(self) -> None:
+        offset, length = self.place([512, 4096, 65536, 131072, 524288], 0.7)
+        self.image.zero(length, offset, unmap=self.rng.random() < 0.5)
+        self.model[offset : offset + length] = bytes(length)
+
+    def discard(self) -> None:
+        """Whole clusters become zeros, or keep their bytes where the format cannot say zero."""
+        offset, length = self.place([512, 65536, 131072, 524288], 0.7)
+        self.image.discard(length, offset)
+        size = self.image.cluster_size
+        assert size is not None
+        after = self.image.pread(SIZE, 0)
+        for at in range(0, SIZE, size):
+            end = min(at + size, SIZE)
+            inside = at >= offset and (end <= offset + length)
+            if not inside or after[at:end] != bytes(end - at):
+                assert after[at:end] == self.model[at:end]
+        self.model[:] = after
+
+    def flush(self) -> None:
+        self.image.flush()
+
+    def reopen(self) -> None:
+        self.image.close()
+        self.image = qcowlib.open(self.path, "r+")
+
+    def read(self) -> None:
+        offset, length = self.place([1, 512, 4096, 200000, SIZE], 0.2)
+        assert self.image.pread(length, offset) == bytes(self.model[offset : offset + length])
+
+    def run(self, count: int) -> None:
+        kinds = [self.write] * 4 + [self.zero, self.discard, self.flush, self.read, self.reopen]
+        for _ in range(count):
+            self.rng.choice(kinds)()
+        self.image.close()
+
+
+@pytest.mark.parametrize("backing", [None, 3 << 20, 1 << 20], ids=["alone", "longer-base", "shorter-base"])
+@pytest.mark.parametrize("options", GEOMETRIES)
+def test_random_work_reads_back_here_and_in_qemu(tmp_path: Path, options: str, backing: int | None) -> None:
+    if backing is not None and "preallocation" in options:
+        options = "extended_l2=on," + options
+    rng = random.Random(f"{options} {backing}")
+    path, model = make(tmp_path, options, backing, rng)
+    Work(path, model, rng).run(60)
+    with qcowlib.open(path) as image:
+        assert image.pread(SIZE, 0) == bytes(model)
+    qemu_img("check", path)
+    qemu_img("convert", "-O", "raw", path, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == bytes(model)

@@ -24,6 +24,8 @@ from qcowlib._codec import decompress as codec_decompress
 from qcowlib._codec import decompress_many as codec_decompress_many
 from qcowlib._codec import load as codec_load
 from qcowlib._codec import zstd_version as codec_zstd_version
+from qcowlib._crypt import SectorCipher, expand_tweaks, sector_numbers, xor_into
+from qcowlib._crypt import load as crypt_load
 from qcowlib._deflate import Deflater
 from qcowlib._extent import RunList
 from qcowlib._io import LayerFds
@@ -68,6 +70,7 @@ __all__ = [
     "Refcounts",
     "ReferenceCounts",
     "RunList",
+    "SectorCipher",
     "TableSet",
     "add_refcount",
     "bitmap_count",
@@ -80,8 +83,12 @@ __all__ = [
     "codec_load",
     "codec_zstd_version",
     "count_refcounts",
+    "crypt_load",
+    "expand_tweaks",
     "fill_entries",
     "first_difference",
     "is_zero",
+    "sector_numbers",
+    "xor_into",
     "zero_runs",
 ]

@@ -136,3 +136,10 @@ class AsyncioRuntime:
 
     def queue(self) -> WaitQueue:
         return _AsyncQueue(self.loop)
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of the calling thread, for calibrations."""
+    import time
+
+    return time.thread_time()

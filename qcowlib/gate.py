@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 from qcowlib.errors import GateDenied, UsageError, printable
 from qcowlib.storage.file import FileStorage, open_beneath
+
+if TYPE_CHECKING:
+    from qcowlib.storage.base import Storage
 
 __all__ = [
     "FileName",
@@ -46,7 +49,7 @@ class FileName(NamedTuple):
 class References(Protocol):
     """A policy. ``open`` returns a storage opened for *writable* access, or raises GateDenied."""
 
-    def open(self, kind: Kind, name: str, owner: str, *, writable: bool, cache: str) -> FileStorage:
+    def open(self, kind: Kind, name: str, owner: str, *, writable: bool, cache: str) -> Storage:
         """Open *name* (a path) as found in the image *owner*."""
 
 

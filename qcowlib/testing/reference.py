@@ -39,6 +39,7 @@ COPIED = 1 << 63
 COMPRESSED = 1 << 62
 MAX_FILE = 256 << 20
 MAX_GUEST = 256 << 20
+MAX_WORDS = 1 << 22
 
 DIRTY, CORRUPT, DATA_FILE, ZSTD, EXTENDED = 1, 2, 4, 8, 16
 
@@ -186,6 +187,8 @@ class RefImage:
 
     def words(self, offset: int, count: int, what: str) -> tuple[int, ...]:
         """Return *count* big-endian 64-bit words; what the file lacks at its last cluster is zero."""
+        if count > MAX_WORDS:
+            raise ReferenceError(f"{what} is too large")
         if count and offset >= len(self.raw):
             raise ReferenceError(f"{what} at {offset:#x} lies past the end of the file")
         data = self.raw[offset : offset + count * 8]

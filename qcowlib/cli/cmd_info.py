@@ -1,0 +1,134 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""``info``: what an image is.
+
+Invariant: nothing is printed for a chain of which one link cannot be opened.
+"""
+
+from __future__ import annotations
+
+from qcowlib.cli import options
+from qcowlib.cli.console import Console, Failure, usage_failure
+from qcowlib.cli.describe import describe, snapshot_table
+from qcowlib.cli.jsonout import human, pretty
+from qcowlib.cli.names import ImageRef, image_ref
+from qcowlib.cli.opening import open_failure, open_storage
+from qcowlib.cli.parser import Args, Command, Option
+from qcowlib.errors import Error
+from qcowlib.units import human_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qcowlib.cli.jsonout import Json
+
+__all__ = ["COMMAND", "run"]
+
+COMMAND = Command(
+    "info",
+    "Show what images are.",
+    "FILE...",
+    (
+        options.HELP,
+        options.FORMAT_LONG,
+        options.OUTPUT,
+        Option("", "backing-chain", "chain", "show the backing files too"),
+        options.OBJECT,
+        options.IMAGE_OPTS,
+        options.FORCE_SHARE,
+    ),
+    "info --output=json --backing-chain disk.qcow2",
+)
+
+_BITMAPS_LOST = (
+    "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent",
+    "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.",
+)
+
+
+def run(args: Args, console: Console) -> int:
+    """Run ``info``."""
+    if not args.operands or (len(args.operands) > 1 and console.prog.startswith("qemu-img")):
+        raise usage_failure("Expecting one image file name")
+    as_json = options.wants_json(args)
+    if args.texts("object"):
+        from qcowlib.cli.objects import parse_secrets
+
+        parse_secrets(args.texts("object"))
+    several = len(args.operands) > 1
+    status, shown = 0, []
+    for name in args.operands:
+        try:
+            ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
+            shown += _chain(ref, args, console)
+        except Failure as failure:
+            if not several:
+                raise
+            status = console.fail(failure)
+    if as_json:
+        console.out(pretty(list(shown) if args.flag("chain") or several else shown[0]))
+    else:
+        console.out("\n".join(_text(item) for item in shown))
+    return status
+
+
+def _chain(ref: ImageRef, args: Args, console: Console) -> list[dict[str, Json]]:
+    found: list[dict[str, Json]] = []
+    seen = set()
+    while True:
+        if ref.path in seen:
+            raise Failure(f"Backing file '{ref.path}' creates an infinite loop.")
+        seen.add(ref.path)
+        item = _one(ref, args, console)
+        found.append(item)
+        backing = item.get("full-backing-filename")
+        if not args.flag("chain") or not isinstance(backing, str):
+            return found
+        fmt = item.get("backing-filename-format")
+        ref = image_ref(backing, fmt if isinstance(fmt, str) else None)
+
+
+def _one(ref: ImageRef, args: Args, console: Console) -> dict[str, Json]:
+    file, storage, header = open_storage(ref, force_share=args.flag("force-share"))
+    try:
+        if header is not None and header.bitmaps is not None and not header.bitmaps_valid:
+            console.warn(*_BITMAPS_LOST)
+        return describe(ref, file, storage, header)
+    except Error as error:
+        raise open_failure(ref.text, error) from None
+    finally:
+        file.close()
+
+
+def _text(item: dict[str, Json]) -> str:
+    size, disk = item["virtual-size"], item["actual-size"]
+    if not isinstance(size, int) or not isinstance(disk, int):
+        raise TypeError("sizes are numbers")
+    lines = [
+        f"image: {item['filename']}\n",
+        f"file format: {item['format']}\n",
+        f"virtual size: {human_size(size)} ({size} bytes)\n",
+        f"disk size: {human_size(disk)}\n",
+    ]
+    if item.get("encrypted"):
+        lines.append("encrypted: yes\n")
+    if "cluster-size" in item:
+        lines.append(f"cluster_size: {item['cluster-size']}\n")
+    if item["dirty-flag"]:
+        lines.append("cleanly shut down: no\n")
+    if "backing-filename" in item:
+        lines.append(_backing_line(item))
+    if "backing-filename-format" in item:
+        lines.append(f"backing file format: {item['backing-filename-format']}\n")
+    snapshots = item.get("snapshots")
+    if isinstance(snapshots, list):
+        lines.append("Snapshot list:\n" + snapshot_table(snapshots))
+    specific = item.get("format-specific")
+    if isinstance(specific, dict):
+        lines.append("Format specific information:\n" + human(specific["data"], 1))
+    return "".join(lines)
+
+
+def _backing_line(item: dict[str, Json]) -> str:
+    name, full = item["backing-filename"], item.get("full-backing-filename")
+    where = f" (actual path: {full})" if full != name else ""
+    return f"backing file: {name}{where}\n"

@@ -1,0 +1,229 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Making image files for ``create``, ``convert`` and ``dd``.
+
+Invariant: a file that could not be made completely is removed again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
+
+from qcowlib.cli.console import Failure
+from qcowlib.cli.names import image_ref, strip_protocol
+from qcowlib.cli.opening import full_backing_name, hint_text, open_storage
+from qcowlib.errors import Error, StorageError
+from qcowlib.ondisk import COMPRESSION_ZLIB, COMPRESSION_ZSTD
+from qcowlib.qcow2.create import CreateOptions, Preallocation, create_raw
+from qcowlib.qcow2.create import create as create_qcow2
+from qcowlib.storage.file import FileStorage
+from qcowlib.storage.imagelock import lock_image
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qcowlib.cli.optlist import OptionList
+
+T = TypeVar("T")
+
+__all__ = ["UNKNOWN_SIZE", "Request", "can_create", "create", "protocol_path", "resolve_backing"]
+
+_FORMAT_NAMES = (
+    "blkdebug blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg file ftp "
+    "ftps gluster host_cdrom host_device http https iscsi iser luks nbd nfs null-aio null-co nvme "
+    "parallels preallocate qcow qcow2 qed quorum raw rbd replication snapshot-access ssh throttle vdi "
+    "vhdx vmdk vpc vvfat"
+)
+#: What a backing format may be called, whether or not it can be read here.
+KNOWN_FORMATS = dict.fromkeys(_FORMAT_NAMES.split())
+
+#: An absent size, as qemu-img represents it; a size given as 2**64 - 1 counts as absent too.
+UNKNOWN_SIZE = (1 << 64) - 1
+_MAX_FILE = (1 << 63) - 512
+
+
+class Request:
+    """An image to be made: *name* as typed, *path* of the file, *values* of the options."""
+
+    __slots__ = ("fmt", "name", "path", "values")
+
+    def __init__(self, fmt: str, name: str, path: str, values: OptionList) -> None:
+        self.fmt = fmt
+        self.name = name
+        self.path = path
+        self.values = values
+
+    @property
+    def size(self) -> int:
+        """Virtual size in whole sectors."""
+        return -(-self.values.number("size", 0) // 512) * 512
+
+
+def can_create(fmt: str) -> bool:
+    """Return whether images of format *fmt* can be made."""
+    return fmt in ("qcow2", "raw", "file", "luks")
+
+
+def protocol_path(name: str) -> str:
+    """Return the path of the file to make; ``json:`` names cannot be made.  Raises :class:`Failure`."""
+    if not name:
+        return name
+    try:
+        return strip_protocol(name)
+    except Failure:
+        raise Failure(f"Unknown protocol '{name.partition(':')[0]}'") from None
+
+
+def resolve_backing(request: Request, backing: str, *, unsafe: bool) -> None:
+    """Open the backing file (unless *unsafe*) and take the size from it if there is none.
+
+    Raises :class:`Failure`, also if its format was not given.
+    """
+    fmt = request.values.text("backing_fmt")
+    detected = None
+    if not unsafe:
+        full = full_backing_name(request.path, backing)
+        try:
+            detected, size = _probe_backing(full, fmt)
+        except Failure as failure:
+            raise Failure(*failure.messages, hint=f"{failure.hint}Could not open backing image.\n") from None
+        if request.values.number("size", UNKNOWN_SIZE) == UNKNOWN_SIZE:
+            request.values.set("size", size)
+    if fmt is None:
+        hint = f"Detected format of {detected}." if detected else ""
+        raise Failure("Backing file specified without backing format", hint=hint)
+
+
+def _probe_backing(name: str, fmt: str | None) -> tuple[str, int]:
+    """Return format and size of a backing file."""
+    prefix = f"Could not open '{name}': "
+    try:
+        ref = image_ref(name, fmt)
+        file, view, header = open_storage(ref)
+    except Failure as failure:
+        raise Failure(*(message.removeprefix(prefix) for message in failure.messages), hint=failure.hint) from None
+    with closing(file):
+        if header is not None:
+            return "qcow2", header.size
+        return "raw", -(-view.size // 512) * 512
+
+
+def create(request: Request, secrets: Mapping[str, bytes]) -> None:
+    """Make the image.  Raises :class:`Failure`; the file is removed then."""
+    try:
+        if request.fmt == "qcow2":
+            _create_qcow2(request, secrets)
+        else:
+            _create_raw(request)
+    except Error as error:
+        raise Failure(_cause(error), hint=hint_text(error)) from None
+
+
+def _cause(error: Error) -> str:
+    if isinstance(error, StorageError) and error.operation in ("resize", "zero", "write", "flush"):
+        return error.strerror or error.message
+    return error.message
+
+
+def _open_new(path: str) -> FileStorage:
+    """Open *path* for a new image: made if missing, emptied unless somebody uses it."""
+    if os.path.isdir(path):  # noqa: PTH112
+        raise Failure(f"Could not create '{path}': Is a directory")
+    storage = FileStorage.create(path)
+    try:
+        lock = lock_image(storage.fileno(), path, "create")
+        if not storage.is_block:
+            storage.resize(0)
+        lock.release()
+    except BaseException:
+        storage.close()
+        raise
+    return storage
+
+
+def _remove(path: str) -> None:
+    try:
+        if os.path.isfile(path):  # noqa: PTH113
+            os.unlink(path)  # noqa: PTH108
+    except OSError:
+        pass  # the error that led here is the one to report
+
+
+def _create_raw(request: Request) -> None:
+    mode = request.values.text("preallocation") or "off"
+    if mode == "metadata":
+        raise Failure("Unsupported preallocation mode: metadata")
+    if mode not in ("off", "falloc", "full"):
+        raise Failure(f"invalid parameter value: {mode}")
+    if request.size > _MAX_FILE:
+        _remove(request.path)
+        raise Failure("Could not resize file: Invalid argument")
+    storage = _open_new(request.path)
+    try:
+        with closing(storage):
+            create_raw(storage, request.size, preallocation=mode)  # type: ignore[arg-type]
+    except StorageError as error:
+        if error.errno == errno.EFBIG:
+            raise Failure(f"The image size is too large for file format '{request.fmt}'") from None
+        raise
+
+
+def _create_qcow2(request: Request, secrets: Mapping[str, bytes]) -> None:
+    storage = _open_new(request.path)
+    try:
+        with closing(storage):
+            data_path = request.values.text("data_file")
+            if data_path is None:
+                create_qcow2(storage, _options(request, secrets))
+                return
+            with closing(_open_new(data_path)) as data:
+                create_qcow2(storage, _options(request, secrets), data=data)
+    except BaseException:
+        _remove(request.path)
+        raise
+
+
+_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+_COMPRESSION = {"zlib": COMPRESSION_ZLIB, "zstd": COMPRESSION_ZSTD}
+_PREALLOCATION: dict[str, Preallocation] = {"off": "off", "metadata": "metadata", "falloc": "falloc", "full": "full"}
+
+
+def _options(request: Request, secrets: Mapping[str, bytes]) -> CreateOptions:
+    """Return the options as the format wants them; wrong choices are refused here, rules there."""
+    values = request.values
+    backing_format = values.text("backing_fmt")
+    _choice("backing-fmt", backing_format, KNOWN_FORMATS)
+    encryption = "aes" if values.flag("encryption") else values.text("encrypt.format")
+    _choice("format", encryption, {"aes": 1, "luks": 2})
+    if encryption is not None and values.text("encrypt.key-secret") is None:
+        raise Failure("Parameter 'encrypt.key-secret' is required for cipher")
+    return CreateOptions(
+        size=request.size,
+        version=_choice("version", values.text("compat"), _VERSIONS) or 3,
+        cluster_size=values.number("cluster_size", 65536),
+        refcount_bits=values.number("refcount_bits", 16),
+        extended_l2=values.flag("extended_l2"),
+        lazy_refcounts=values.flag("lazy_refcounts"),
+        compression_type=_choice("compression-type", values.text("compression_type"), _COMPRESSION) or COMPRESSION_ZLIB,
+        preallocation=_choice("preallocation", values.text("preallocation"), _PREALLOCATION) or "off",
+        backing_file=_bytes(values.text("backing_file")),
+        backing_format=_bytes(backing_format),
+        data_file=_bytes(values.text("data_file")),
+        data_file_raw=values.flag("data_file_raw"),
+        encrypt=None,
+    )
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else os.fsencode(text)
+
+
+def _choice(name: str, text: str | None, choices: Mapping[str, T]) -> T | None:
+    if text is None:
+        return None
+    if text not in choices:
+        raise Failure(f"Parameter '{name}' does not accept value '{text}'")
+    return choices[text]

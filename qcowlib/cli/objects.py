@@ -1,0 +1,105 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""``--object secret,...``: passphrases for encrypted images.
+
+Invariant: a secret is kept as bytes and appears in no message.
+"""
+
+from __future__ import annotations
+
+from qcowlib.cli.console import Failure
+from qcowlib.cli.values import split_options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["parse_secrets"]
+
+_KEYS = frozenset(("qom-type", "id", "data", "file", "format", "keyid", "iv"))
+#: Passphrases longer than this are refused (bounds the read of a file).
+_MAX_SECRET = 1 << 20
+
+
+def parse_secrets(texts: Sequence[str]) -> dict[str, bytes]:
+    """Return the passphrases by id.  Raises :class:`Failure`."""
+    secrets: dict[str, bytes] = {}
+    for text in texts:
+        name, data = _secret(_properties(text))
+        if name in secrets:
+            raise Failure(f"attempt to add duplicate property '{name}' to object (type 'container')")
+        secrets[name] = data
+    return secrets
+
+
+def _properties(text: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if text.startswith("{"):
+        from qcowlib.cli.jsonin import JsonError, parse_json
+
+        try:
+            value = parse_json(text)
+        except JsonError as error:
+            raise Failure(str(error)) from None
+        if isinstance(value, dict):
+            found = {key: item for key, item in value.items() if isinstance(item, str)}
+        return found
+    for index, (key, item) in enumerate(split_options(text)):
+        if item is not None:
+            found[key] = item
+        elif index == 0:
+            found["qom-type"] = key
+        else:
+            raise Failure(f"Expected '=' after parameter '{key}'")
+    return found
+
+
+def _secret(found: dict[str, str]) -> tuple[str, bytes]:
+    kind = found.get("qom-type")
+    if not kind:
+        raise Failure("Parameter 'qom-type' is missing")
+    if kind != "secret":
+        raise Failure(f"Parameter 'qom-type' does not accept value '{kind}'")
+    name = found.get("id")
+    if name is None:
+        raise Failure("Parameter 'id' is missing")
+    for key in found:
+        if key not in _KEYS:
+            raise Failure(f"Parameter '{key}' is unexpected")
+    encoding = found.get("format", "raw")
+    if encoding not in ("raw", "base64"):
+        raise Failure(f"Parameter 'format' does not accept value '{encoding}'")
+    if not (name[:1].isascii() and name[:1].isalpha() and all(c.isalnum() or c in "-._" for c in name)):
+        raise Failure(
+            "Parameter 'id' expects an identifier",
+            hint="Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.\n",
+        )
+    if "keyid" in found or "iv" in found:
+        raise Failure("Encrypted secrets are not supported", hint="Give the passphrase with data= or file=.\n")
+    data = _data(found)
+    if encoding == "base64":
+        from binascii import Error, a2b_base64
+
+        try:
+            data = a2b_base64(data)
+        except Error:
+            raise Failure("base64 encoding of the secret is not valid") from None
+    return name, data
+
+
+def _data(found: dict[str, str]) -> bytes:
+    data, path = found.get("data"), found.get("file")
+    if data is not None and path is not None:
+        raise Failure("'file' and 'data' are mutually exclusive")
+    if data is not None:
+        return data.encode("utf-8", "surrogateescape")
+    if path is None:
+        raise Failure("Either 'file' or 'data' must be provided")
+    try:
+        with open(path, "rb") as stream:
+            content = stream.read(_MAX_SECRET + 1)
+    except OSError as error:
+        raise Failure(f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}") from None
+    if len(content) > _MAX_SECRET:
+        raise Failure(f"Unable to read {path}: the secret is too long")
+    return content

@@ -17,25 +17,23 @@ from qcowlib.errors import Error
 from . import layout
 from .file_domain import FileDomain
 from .ids import is_id
+from .lease_records import read_leader
 from .metadata_domain import ISO
 from .metadata_volume import STATUS_INIT, STATUS_INVALID, STATUS_OK, STATUS_REMOVED, parse_lenient
 
 if TYPE_CHECKING:
-    from .domain import Domain
+    from .block_domain import BlockDomain
+    from .domain import Domain, VolumeEntry
     from .xlease import ExternalLease
 
-__all__ = ["Document", "dump_file"]
+__all__ = ["Document", "dump_block", "dump_file"]
 
 Document = dict[str, object]
 
 
-def _record(domain: Domain, volume: str, problems: Document) -> Document:
+def _record(data: bytes, volume: str, problems: Document) -> Document:
     """Return the fields of a record that can be read, with its status; add what is wrong to *problems*."""
-    try:
-        values, found = parse_lenient(domain.read_record(volume))
-    except Error as error:
-        problems[volume] = [str(error)]
-        return {"status": STATUS_INVALID}
+    values, found = parse_lenient(data)
     if found:
         problems[volume] = list(found)
     fields: Document = {key: value for key, value in values.items() if key != "domain"}
@@ -73,7 +71,11 @@ def dump_file(domain: FileDomain) -> Document:
         if entry.initializing:
             volumes[volume] = {"image": entry.images[0], "status": STATUS_INIT}
             continue
-        found = _record(domain, volume, problems)
+        try:
+            found = _record(domain.read_record(volume), volume, problems)
+        except Error as error:
+            problems[volume] = [str(error)]
+            found = {"status": STATUS_INVALID}
         found.setdefault("image", entry.images[0])
         if entry.removed:
             found["status"] = STATUS_REMOVED
@@ -114,3 +116,117 @@ def _volume_leases(domain: FileDomain, listing: Mapping[str, list[str]], problem
             path = f"images/{images[0]}/{volume}{layout.LEASE_SUFFIX}"
             found[volume] = {"offset": 0, "path": path, "resource": resource}
     return found
+
+
+def dump_block(domain: BlockDomain) -> Document:
+    """Return the document of a domain on a volume group."""
+    view, state = domain.metadata, domain.state
+    document = _common(domain)
+    entries = domain.entries()
+    problems: Document = {}
+    records = domain.read_records()
+    volumes: Document = {}
+    for volume, entry in sorted(entries.items()):
+        size = state.lv(volume).size
+        sizes: Document = {"apparentsize": size, "truesize": size}
+        if entry.initializing:
+            volumes[volume] = {**sizes, "status": STATUS_INIT}
+            continue
+        found = _record(records.get(volume, b""), volume, problems)
+        found.setdefault("image", entry.images[0])
+        if entry.removed:
+            found["status"] = STATUS_REMOVED
+        volumes[volume] = {**found, **sizes, "mdslot": entry.slot}
+    document["volumes"] = volumes
+    live = {volume: entry for volume, entry in sorted(entries.items()) if not entry.removed and not entry.initializing}
+    document["all_volumes"] = {
+        volume: {"images": list(entry.images), "parent": entry.parent} for volume, entry in live.items()
+    }
+    document["all_images"] = sorted({image for entry in live.values() for image in entry.images})
+    document["slots"] = _slots(domain)
+    document["occupied_slots"] = occupied = domain.occupied_slots()
+    document["next_free_slot"] = next(
+        slot for slot in range(layout.first_slot(view.version), len(occupied) + 8) if slot not in occupied
+    )
+    try:
+        document["pv_mapping"] = {f"PV{number}": entry.as_dict() for number, entry in view.pv_mapping.items()}
+        external = domain.external_leases()
+        if external is not None:
+            document["external_leases"] = _external(external)
+        document["leases"] = _block_leases(domain, live)
+    except Error as error:
+        problems["domain"] = [str(error)]
+    document.update(_group(domain))
+    if problems:
+        document["problems"] = problems
+    return document
+
+
+def _slots(domain: BlockDomain) -> Document:
+    view = domain.metadata
+    found: Document = {}
+    for volume, entry in sorted(domain.entries().items()):
+        if entry.slot is None:
+            continue
+        tags = layout.parse_volume_tags([*domain.state.lv(volume).tags, f"{layout.TAG_SLOT}{entry.slot}"])
+        found[volume] = {
+            "image": tags.image_name,
+            "lease_offset": layout.lease_offset(entry.slot, view.alignment),
+            "metadata_offset": layout.slot_offset(entry.slot, view.version),
+            "parent": tags.parent,
+            "slot": entry.slot,
+        }
+    return found
+
+
+def _block_leases(domain: BlockDomain, live: Mapping[str, VolumeEntry]) -> Document:
+    """Return the resource written for each volume."""
+    view = domain.metadata
+    found: Document = {}
+    if not layout.has_volume_leases(view.version, view.type):
+        return found
+    with domain.special("leases") as storage:
+        for volume, entry in live.items():
+            if entry.slot is None:
+                continue
+            offset = layout.lease_offset(entry.slot, view.alignment)
+            leader = read_leader(storage, offset)
+            found[volume] = {"offset": offset, "path": "leases", "resource": leader.resource_name if leader else ""}
+    return found
+
+
+def _group(domain: BlockDomain) -> Document:
+    """Return what LVM knows of the group."""
+    state = domain.state
+    vg = state.vg
+    info = domain.metadata.info()
+    first = state.lvs["metadata"].segments[0].device if "metadata" in state.lvs else ""
+    metadata_pv = state.metadata_pv
+    info.update(
+        metadataDevice=first.rpartition("/")[2],
+        vgMetadataDevice=metadata_pv.guid if metadata_pv is not None else "",
+        state="PARTIAL" if vg.partial else "OK",
+        vguuid=vg.uuid,
+    )
+    return {
+        "info": info,
+        "lvs": [
+            {"devices": lv.devices, "name": lv.name, "size": lv.size, "tags": sorted(lv.tags)}
+            for _, lv in sorted(state.lvs.items())
+        ],
+        "pvs": [
+            {
+                "guid": pv.guid,
+                "mda_count": pv.mda_count,
+                "mda_used_count": pv.mda_used_count,
+                "metadata_pv": pv.mda_used_count > 0,
+                "pe_count": pv.pe_count,
+                "pe_start": pv.pe_start,
+                "uuid": pv.uuid,
+            }
+            for pv in state.pvs.values()
+        ],
+        "vg": {"extent_size": vg.extent_size, "mda_size": vg.mda_size, "tags": sorted(vg.tags)},
+        "vg_uuid": vg.uuid,
+        "warnings": domain.warnings(),
+    }

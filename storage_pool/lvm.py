@@ -278,7 +278,12 @@ class Lvm:
     def _devices(self) -> Sequence[str] | None:
         return None if self._host.devices is None else list(self._host.devices())
 
-    def _run(self, command: str, *arguments: str, report: bool = False) -> Completed:
+    def run(self, command: str, *arguments: str, report: bool = False) -> Completed:
+        """Run one LVM command whose arguments are safe.
+
+        Raises: LvmError when it fails, after a second try where the list of
+        devices has changed meanwhile.
+        """
         devices = self._devices()
         done = self._once(command, arguments, devices, report)
         if done.returncode and devices is not None and (wider := self._devices()) != devices:
@@ -291,7 +296,7 @@ class Lvm:
     # Reports
 
     def _report(self, *names: str) -> list[VgState]:
-        done = self._run("fullreport", *_REPORT_ARGUMENTS, *names, report=True)
+        done = self.run("fullreport", *_REPORT_ARGUMENTS, *names, report=True)
         try:
             document = json.loads(done.report or b'{"report": []}')
             return [_state(part) for part in document["report"] if part.get("vg")]
@@ -325,10 +330,10 @@ class Lvm:
         checked = _check_tags(tags)
         _check_vg(name)
         self._create_pvs(devices, force=force)
-        self._run("pvchange", "--metadataignore", "n", devices[0])
+        self.run("pvchange", "--metadataignore", "n", devices[0])
         tagging = [argument for tag in checked for argument in ("--addtag", tag)]
         size = f"{EXTENT_MIB}m"
-        self._run("vgcreate", "--setautoactivation", "n", "--physicalextentsize", size, *tagging, name, *devices)
+        self.run("vgcreate", "--setautoactivation", "n", "--physicalextentsize", size, *tagging, name, *devices)
 
     def _create_pvs(self, devices: Sequence[str], *, force: bool) -> None:
         if not devices:
@@ -336,31 +341,31 @@ class Lvm:
         for device in devices:
             _regex(device)
         areas = ["--metadatasize", f"{METADATA_MIB}m", "--metadatacopies", "2", "--metadataignore", "y"]
-        self._run("pvcreate", *(["-y", "-ff"] if force else []), *areas, *devices)
+        self.run("pvcreate", *(["-y", "-ff"] if force else []), *areas, *devices)
 
     def extend_group(self, name: str, devices: Sequence[str], *, force: bool = False) -> None:
         """Add devices to a volume group."""
         _check_vg(name)
         self._create_pvs(devices, force=force)
-        self._run("vgextend", name, *devices)
+        self.run("vgextend", name, *devices)
 
     def reduce_group(self, name: str, device: str) -> None:
         """Take an unused device out of a volume group."""
         _regex(device)
-        self._run("vgreduce", _check_vg(name), device)
+        self.run("vgreduce", _check_vg(name), device)
 
     def resize_pv(self, device: str) -> None:
         """Let LVM see that a device has grown."""
         _regex(device)
-        self._run("pvresize", device)
+        self.run("pvresize", device)
 
     def remove_group(self, name: str) -> None:
         """Remove a volume group with all its volumes."""
-        self._run("vgremove", "-f", _check_vg(name))
+        self.run("vgremove", "-f", _check_vg(name))
 
     def change_group_tags(self, name: str, *, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
         """Change tags of a volume group in one commit."""
-        self._run("vgchange", *_tag_arguments(add, remove), _check_vg(name))
+        self.run("vgchange", *_tag_arguments(add, remove), _check_vg(name))
 
     # Volumes
 
@@ -375,7 +380,7 @@ class Lvm:
             where = [device]
         inactive = [] if self._host.activation else ["-an", "-Zn"]
         options = ["--autobackup", "n", "--contiguous", "n", "--size", f"{mib}m", "--wipesignatures", "n", *inactive]
-        self._run("lvcreate", *options, *tagging, "--name", _check_lv(name), _check_vg(vg), *where)
+        self.run("lvcreate", *options, *tagging, "--name", _check_lv(name), _check_vg(vg), *where)
 
     def extend_volume(self, vg: str, name: str, mib: int) -> None:
         """Grow a volume to at least *mib* MiB; nothing happens when it is as big.
@@ -386,7 +391,7 @@ class Lvm:
         target = f"{_check_vg(vg)}/{_check_lv(name)}"
         no_driver = ["--driverloaded", "n"] if self._host.activation else []
         try:
-            self._run("lvextend", "--autobackup", "n", *no_driver, "--size", f"{mib}m", target)
+            self.run("lvextend", "--autobackup", "n", *no_driver, "--size", f"{mib}m", target)
         except LvmError:
             lv = self.group(vg).lv(name)
             if lv.size < mib << 20:
@@ -395,17 +400,17 @@ class Lvm:
     def reduce_volume(self, vg: str, name: str, mib: int) -> None:
         """Shrink a volume; what lies beyond is lost."""
         target = f"{_check_vg(vg)}/{_check_lv(name)}"
-        self._run("lvreduce", "--autobackup", "n", "--force", "--size", f"{mib}m", target)
+        self.run("lvreduce", "--autobackup", "n", "--force", "--size", f"{mib}m", target)
 
     def remove_volumes(self, vg: str, names: Sequence[str]) -> None:
         """Remove volumes in one command."""
         if names:
             targets = [f"{_check_vg(vg)}/{_check_lv(name)}" for name in names]
-            self._run("lvremove", "-f", "--autobackup", "n", *targets)
+            self.run("lvremove", "-f", "--autobackup", "n", *targets)
 
     def rename_volume(self, vg: str, old: str, new: str) -> None:
         """Give a volume another name."""
-        self._run("lvrename", "--autobackup", "n", _check_vg(vg), _check_lv(old), _check_lv(new))
+        self.run("lvrename", "--autobackup", "n", _check_vg(vg), _check_lv(old), _check_lv(new))
 
     def change_tags(
         self, vg: str, names: Sequence[str], *, add: Iterable[str] = (), remove: Iterable[str] = ()
@@ -413,24 +418,24 @@ class Lvm:
         """Change tags of volumes in one command, in one commit per volume."""
         if names:
             targets = [f"{_check_vg(vg)}/{_check_lv(name)}" for name in names]
-            self._run("lvchange", "--autobackup", "n", *_tag_arguments(add, remove), *targets)
+            self.run("lvchange", "--autobackup", "n", *_tag_arguments(add, remove), *targets)
 
     def set_writable(self, vg: str, names: Sequence[str], writable: bool) -> None:
         """Set the permission of volumes, which below V3 guards what must not change."""
         if names:
             targets = [f"{_check_vg(vg)}/{_check_lv(name)}" for name in names]
-            self._run("lvchange", "--autobackup", "n", "--permission", "rw" if writable else "r", *targets)
+            self.run("lvchange", "--autobackup", "n", "--permission", "rw" if writable else "r", *targets)
 
     def activate(self, vg: str, names: Sequence[str], *, active: bool = True) -> None:
         """Activate or deactivate volumes; nothing where there is no device mapper."""
         if names and self._host.activation:
             targets = [f"{_check_vg(vg)}/{_check_lv(name)}" for name in names]
-            self._run("lvchange", "--autobackup", "n", "--available", "y" if active else "n", *targets)
+            self.run("lvchange", "--autobackup", "n", "--available", "y" if active else "n", *targets)
 
     def refresh(self, vg: str, name: str) -> None:
         """Let an active volume's device see its new size; nothing where there is no device mapper."""
         if self._host.activation:
-            self._run("lvchange", "--refresh", f"{_check_vg(vg)}/{_check_lv(name)}")
+            self.run("lvchange", "--refresh", f"{_check_vg(vg)}/{_check_lv(name)}")
 
 
 def _tag_arguments(add: Iterable[str], remove: Iterable[str]) -> list[str]:

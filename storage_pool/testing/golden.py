@@ -8,9 +8,11 @@ import json
 import os
 from pathlib import Path
 
+from storage_pool.block_domain import open_logical_volume
+from storage_pool.lvm import Lvm
 from storage_pool.xlease import INDEX_SIZE, format_index
 
-__all__ = ["expand", "index_area", "rebuild_file_domain"]
+__all__ = ["expand", "index_area", "rebuild_block_domain", "rebuild_file_domain"]
 
 
 def expand(description: Path) -> tuple[int, list[tuple[int, bytes]]]:
@@ -61,3 +63,34 @@ def rebuild_file_domain(case: Path, mount: Path) -> Path:
             file.truncate(entry["size"])
         path.chmod(int(entry["mode"], 8))
     return root
+
+
+def rebuild_block_domain(case: Path, lvm: Lvm, devices: list[str]) -> str:
+    """Make the domain of golden folder *case* on *devices*, as big as the original ones; return its UUID.
+
+    The volume group comes out of LVM's own text, so that all UUIDs, tags and
+    extents are the original ones; then the special volumes get their content.
+    """
+    expected = json.loads((case / "expected.json").read_text())
+    text = str(case / "vg_metadata.txt")
+    name = str(expected["sd_uuid"])
+    for device, pv in zip(devices, expected["pvs"], strict=True):
+        areas = ["--metadatasize", "128m", "--metadatacopies", "2"]
+        ignored = ["--metadataignore", "n" if pv["metadata_pv"] else "y"]
+        lvm.run("pvcreate", "-y", "-ff", "--uuid", pv["uuid"], "--restorefile", text, *areas, *ignored, device)
+    lvm.run("vgcfgrestore", "--file", text, name)
+    state = lvm.group(name)
+    for description in sorted(case.glob("lv_*.json")):
+        size, pieces = expand(description)
+        volume = description.stem.removeprefix("lv_")
+        if state.lv(volume).size != size:
+            raise ValueError(f"{volume} has {state.lv(volume).size} bytes, its description {size}")
+        if volume == "xleases":
+            pieces.append((expected["alignment"], index_area(case / "xleases.index")))
+        storage = open_logical_volume(lvm, state, volume, writable=True)
+        try:
+            for offset, data in pieces:
+                storage.write(offset, [data])
+        finally:
+            storage.close()
+    return name

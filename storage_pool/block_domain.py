@@ -1,0 +1,497 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Domains on a volume group: a volume is a logical volume, its record a slot.
+
+The group is named after the domain.  Tags of the group are the domain's keys
+(version 0: text in the volume ``metadata``); three tags of a logical volume
+make it a volume and give its slot, parent and image.
+
+Invariant: the tags are the truth about what exists; a volume appears by one
+command that swaps its tags and disappears by one, which LVM commits
+atomically.  Slots and leases are written before, and cleared after.  All
+bytes go through direct I/O, for other hosts write here too.  Making and
+changing the group itself is in :mod:`.block_group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from qcowlib.runtime import new_condition
+from qcowlib.storage.file import FileStorage
+from qcowlib.storage.linear import LinearStorage, Segment
+from qcowlib.units import MiB, ceil_div
+
+from . import layout
+from .domain import Leftover, VolumeEntry
+from .errors import AlreadyExists, Illegal, MetadataError, NotFound
+from .ids import BLANK, check_id, is_id
+from .lease_records import resource_area, write_area
+from .leases import Lease, LeaseArea
+from .lvm import Lv, Lvm, VgState
+from .metadata_domain import DomainMetadata, pack_v1, unpack_v1, v1_slot
+from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse
+from .sealed import SealedStore, from_tags, to_tags
+from .xlease import ExternalLease, XleaseVolume
+
+if TYPE_CHECKING:
+    from qcowlib.storage.base import Storage
+
+    from .token import SpmToken
+
+__all__ = ["BlockDomain"]
+
+#: Below these a group's metadata areas are a reason to warn.
+MDA_SIZE_MIN: Final = 64 * MiB
+MDA_FREE_PERCENT: Final = 20
+#: Logical volumes of a domain above which commands get slow, and devices.
+LV_WARNING: Final = 350
+PV_WARNING: Final = 300
+
+
+def open_logical_volume(lvm: Lvm, state: VgState, name: str, *, writable: bool = False) -> Storage:
+    """Open the bytes of a logical volume: its device where it can be active, else its extents.
+
+    Raises: NotFound, LvmError, StorageError.
+    """
+    if lvm.activation:
+        if not state.lv(name).active:
+            lvm.activate(state.vg.name, [name])
+        return FileStorage.open(f"/dev/{state.vg.name}/{name}", writable=writable, cache="none")
+    devices: dict[str, FileStorage] = {}
+    try:
+        segments = []
+        for place in state.placements(name):
+            if place.device not in devices:
+                devices[place.device] = FileStorage.open(place.device, writable=writable, cache="none")
+            segments.append(Segment(devices[place.device], place.offset, place.size))
+        return LinearStorage(segments, name=f"{state.vg.name}/{name}", owned=True)
+    except BaseException:
+        for device in devices.values():
+            device.close()
+        raise
+
+
+class BlockDomain:
+    """A domain on a volume group; see :class:`~storage_pool.domain.Domain` for the methods without text here."""
+
+    block: Final = True
+
+    def __init__(self, lvm: Lvm, name: str) -> None:
+        """Use :meth:`open`, or :func:`.block_group.create_block_domain`."""
+        self.lvm = lvm
+        self._name = name
+        self._state: VgState | None = None
+        self._entries: dict[str, VolumeEntry] | None = None
+        self._view: DomainMetadata | None = None
+        self._store = SealedStore(self._read_metadata, self._write_metadata)
+        # Slots given to volumes that have no tag yet, by volume; the
+        # condition is the lock under which they are chosen.
+        self._pending: dict[str, int] = {}
+        self._slot_lock = new_condition()
+
+    @classmethod
+    def open(cls, lvm: Lvm, name: str) -> BlockDomain:
+        """Open the domain on volume group *name*.
+
+        Raises: NotFound, MetadataError when the group is no domain.
+        """
+        domain = cls(lvm, check_id(name, "domain UUID"))
+        if layout.TAG_DOMAIN not in domain.state.vg.tags:
+            raise MetadataError("the volume group is no storage domain", path=name)
+        if domain.metadata.uuid != name:
+            raise MetadataError(f"the volume group is not named after its domain {domain.metadata.uuid}", path=name)
+        return domain
+
+    @staticmethod
+    def discover(lvm: Lvm) -> list[str]:
+        """Return the UUIDs of all domains on volume groups; one command."""
+        return sorted(state.vg.name for state in lvm.groups() if layout.TAG_DOMAIN in state.vg.tags)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def __enter__(self) -> BlockDomain:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Group and keys
+
+    @property
+    def state(self) -> VgState:
+        """The group as last read."""
+        if self._state is None:
+            self._state = self.lvm.group(self._name)
+        return self._state
+
+    def changed(self) -> None:
+        """Forget the group after it was changed."""
+        self._state = None
+        self._entries = None
+
+    def refresh(self) -> None:
+        self.changed()
+        self._store.invalidate()
+        self._view = None
+
+    @property
+    def uuid(self) -> str:
+        return self._name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def metadata(self) -> DomainMetadata:
+        if self._view is None:
+            self._view = DomainMetadata(self._store.values(), self._name)
+        return self._view
+
+    def _read_metadata(self) -> dict[str, str]:
+        values = from_tags(self.state.vg.tags, self._name)
+        if values:
+            return values
+        # Version 0 keeps its text in the volume.
+        with self.special("metadata") as storage:
+            data = bytearray(2048)
+            storage.read_into(0, [data])
+        return unpack_v1(bytes(data), self._name)
+
+    def _write_metadata(self, new: Mapping[str, str], old: Mapping[str, str]) -> None:
+        if new.get("VERSION") == "0":
+            data = pack_v1(new)
+            with self.special("metadata", writable=True) as storage:
+                storage.write(0, [data])
+                storage.flush()
+            return
+        wanted, present = to_tags(new), {tag for tag in self.state.vg.tags if tag.startswith("MDT_")}
+        self.lvm.change_group_tags(self._name, add=wanted - present, remove=present - wanted)
+        self.changed()
+
+    def change(self, token: SpmToken, changes: Mapping[str, str | None]) -> None:
+        token.check()
+        self._view = None
+        self._store.update(changes)
+
+    @contextmanager
+    def special(self, name: str, *, writable: bool = False) -> Iterator[Storage]:
+        """Give the bytes of a special volume, closed afterwards."""
+        storage = open_logical_volume(self.lvm, self.state, name, writable=writable)
+        try:
+            yield storage
+        finally:
+            storage.close()
+
+    def warnings(self) -> list[str]:
+        """Return what is worth telling people about the group, each with its figure."""
+        vg = self.state.vg
+        found = []
+        if vg.partial:
+            found.append(f"{vg.missing_pv_count} physical volumes are missing")
+        if vg.mda_size < MDA_SIZE_MIN:
+            found.append(f"metadata areas of {vg.mda_size >> 20} MiB are smaller than {MDA_SIZE_MIN >> 20} MiB")
+        # LVM keeps old and new text, so it reports half of an empty area as free.
+        if vg.mda_free * 100 < vg.mda_size // 2 * MDA_FREE_PERCENT:
+            found.append(f"only {vg.mda_free >> 10} KiB of the metadata areas are free")
+        if vg.lv_count > LV_WARNING:
+            found.append(f"{vg.lv_count} logical volumes, more than the {LV_WARNING} that are advised")
+        if vg.pv_count > PV_WARNING:
+            found.append(f"{vg.pv_count} devices, more than the {PV_WARNING} that are advised")
+        return found
+
+    # Listing
+
+    def _slot(self, lv: Lv) -> int | None:
+        if self.metadata.version == 0:
+            if not lv.segments:
+                return None
+            first = lv.segments[0]
+            guid = first.device.rpartition("/")[2]
+            return v1_slot(self.metadata.pv_mapping.values(), guid, first.first_extent)
+        return layout.slot_of(lv.tags)
+
+    def entries(self) -> dict[str, VolumeEntry]:
+        if self._entries is None:
+            self._entries = self._list()
+        return self._entries
+
+    def _list(self) -> dict[str, VolumeEntry]:
+        tags: dict[str, layout.VolumeTags] = {}
+        found = {}
+        for lv in self.state.lvs.values():
+            if not is_id(lv.name):
+                continue
+            if layout.TAG_INITIALIZING in lv.tags:
+                found[lv.name] = VolumeEntry(lv.name, (), None, initializing=True)
+                continue
+            slot = self._slot(lv)
+            try:
+                tags[lv.name] = layout.parse_volume_tags([*lv.tags, f"{layout.TAG_SLOT}{slot}"])
+            except MetadataError:
+                # Such a volume is not ours to use; leftovers() tells of it.
+                continue
+        users: dict[str, set[str]] = {}
+        for told in tags.values():
+            if told.parent != BLANK and not told.removed:
+                users.setdefault(told.parent, set()).add(told.image)
+        for volume, told in tags.items():
+            others = users.get(volume, set()) - {told.image}
+            images = (told.image, *sorted(others))
+            found[volume] = VolumeEntry(
+                volume, images, told.parent, removed=told.removed, zeroing=told.zeroing, slot=told.slot
+            )
+        return found
+
+    def occupied_slots(self) -> list[int]:
+        """Return the slots that volumes have, removed ones too."""
+        slots = (self._slot(lv) for lv in self.state.lvs.values() if is_id(lv.name))
+        return sorted({slot for slot in slots if slot is not None})
+
+    def _entry(self, volume: str) -> VolumeEntry:
+        entry = self.entries().get(check_id(volume, "volume UUID"))
+        if entry is None:
+            raise NotFound(f"there is no volume {volume}", path=self._name)
+        return entry
+
+    def slot_of(self, volume: str) -> int:
+        """Return a volume's slot.  Raises: NotFound."""
+        slot = self._pending.get(volume)
+        if slot is None:
+            slot = self._entry(volume).slot
+        if slot is None:
+            raise NotFound(f"the volume {volume} has no metadata slot yet", path=self._name)
+        return slot
+
+    # Records
+
+    def read_record(self, volume: str) -> bytes:
+        offset = layout.slot_offset(self.slot_of(volume), self.metadata.version)
+        data = bytearray(RECORD_SIZE)
+        with self.special("metadata") as storage:
+            storage.read_into(offset, [data])
+        return bytes(data)
+
+    def read_records(self) -> dict[str, bytes]:
+        """Return the records of all volumes that have a slot; one pass over the slots."""
+        slots = {volume: entry.slot for volume, entry in self.entries().items() if entry.slot is not None}
+        if not slots:
+            return {}
+        version = self.metadata.version
+        start = layout.slot_offset(min(slots.values()), version)
+        end = layout.slot_offset(max(slots.values()), version) + RECORD_SIZE
+        with self.special("metadata") as storage:
+            # Slots end at 17 MiB; a tag beyond the volume reads as zeros.
+            data = bytearray(min(end, layout.METADATA_ZEROED) - start)
+            storage.read_into(start, [data])
+        found = {}
+        for volume, slot in slots.items():
+            offset = layout.slot_offset(slot, version) - start
+            found[volume] = bytes(data[offset : offset + RECORD_SIZE])
+        return found
+
+    def record(self, volume: str) -> VolumeMetadata:
+        return parse(self.read_record(volume), f"{self._name}/{volume}")
+
+    def write_record(
+        self, token: SpmToken, volume: str, record: VolumeMetadata, overrides: Mapping[str, str] | None = None
+    ) -> None:
+        data = record.to_slot(self.metadata.version, overrides)
+        self._write_slot(token, self.slot_of(volume), data)
+
+    def _write_slot(self, token: SpmToken, slot: int, data: bytes) -> None:
+        offset = layout.slot_offset(slot, self.metadata.version)
+        with self.special("metadata", writable=True) as storage:
+            token.check()
+            storage.write(offset, [data])
+            storage.flush()
+
+    # Volumes
+
+    def allocate(self, token: SpmToken, image: str, volume: str, size: int) -> None:
+        check_id(image, "image UUID")
+        check_id(volume, "volume UUID")
+        if volume in self.state.lvs:
+            raise AlreadyExists(f"the volume {volume} exists", path=self._name)
+        version = self.metadata.version
+        if version:
+            with self._slot_lock:
+                used = {*self.occupied_slots(), *self._pending.values()}
+                self._pending[volume] = layout.choose_slot(used, version)
+        try:
+            token.check()
+            self.lvm.create_volume(self._name, volume, ceil_div(max(size, 1), MiB), [layout.TAG_INITIALIZING])
+        except BaseException:
+            self._pending.pop(volume, None)
+            raise
+        finally:
+            self.changed()
+        if not version:
+            slot = self._slot(self.state.lv(volume))
+            if slot is None:
+                self.abandon(token, image, volume)
+                raise MetadataError("LVM put the volume where a V1 domain has no slot for it", path=self._name)
+            self._pending[volume] = slot
+
+    def publish(self, token: SpmToken, volume: str, record: VolumeMetadata) -> None:
+        view = self.metadata
+        slot = self._pending.get(volume)
+        if slot is None:
+            raise NotFound(f"the volume {volume} was not allocated here", path=self._name)
+        tags = layout.volume_tags(slot, record.parent, record.image)
+        self._write_slot(token, slot, record.to_slot(view.version))
+        if layout.has_volume_leases(view.version, view.type):
+            area = resource_area(view.uuid, volume, block_size=view.block_size, alignment=view.alignment)
+            with self.special("leases", writable=True) as storage:
+                token.check()
+                write_area(storage, layout.lease_offset(slot, view.alignment), area)
+        token.check()
+        if view.version == 0:
+            tags = tags[1:]
+        self.lvm.change_tags(self._name, [volume], add=tags, remove=[layout.TAG_INITIALIZING])
+        self._pending.pop(volume, None)
+        self.changed()
+
+    def abandon(self, token: SpmToken, image: str, volume: str) -> None:
+        check_id(image, "image UUID")
+        self.changed()
+        lv = self.state.lvs.get(check_id(volume, "volume UUID"))
+        if lv is not None:
+            if layout.TAG_INITIALIZING not in lv.tags:
+                raise Illegal(f"the volume {volume} is complete", path=self._name)
+            token.check()
+            self.lvm.remove_volumes(self._name, [volume])
+        self._pending.pop(volume, None)
+        self.changed()
+
+    def size_of(self, volume: str) -> int:
+        return self.state.lv(check_id(volume, "volume UUID")).size
+
+    def usage_of(self, volume: str) -> int:
+        return self.size_of(volume)
+
+    def extend(self, token: SpmToken, volume: str, size: int) -> None:
+        if self.size_of(volume) < size:
+            token.check()
+            self.lvm.extend_volume(self._name, volume, ceil_div(size, MiB))
+            self.changed()
+
+    def reduce(self, token: SpmToken, volume: str, size: int) -> None:
+        extent = self.state.vg.extent_size
+        if ceil_div(size, extent) * extent < self.size_of(volume):
+            token.check()
+            self.lvm.reduce_volume(self._name, volume, ceil_div(size, MiB))
+            self.changed()
+
+    def open_volume(self, volume: str, *, writable: bool = False) -> Storage:
+        check_id(volume, "volume UUID")
+        return open_logical_volume(self.lvm, self.state, volume, writable=writable)
+
+    def share(self, token: SpmToken, volume: str, image: str) -> None:
+        """Nothing: the parent tag of the image's volume says it."""
+
+    def set_parent_hint(self, token: SpmToken, volume: str, parent: str) -> None:
+        entry = self._entry(volume)
+        check_id(parent, "parent UUID", blank=True)
+        if entry.parent != parent:
+            token.check()
+            old, new = f"{layout.TAG_PARENT}{entry.parent}", f"{layout.TAG_PARENT}{parent}"
+            self.lvm.change_tags(self._name, [volume], add=[new], remove=[old])
+            self.changed()
+
+    def set_writable(self, token: SpmToken, volumes: Sequence[str], writable: bool) -> None:
+        names = [volume for volume in volumes if self.state.lv(volume).writable != writable]
+        if names:
+            token.check()
+            self.lvm.set_writable(self._name, names, writable)
+            self.changed()
+
+    def lease(self, volume: str) -> Lease | None:
+        view = self.metadata
+        if not layout.has_volume_leases(view.version, view.type):
+            return None
+        area = LeaseArea(f"/dev/{self._name}/leases", layout.lease_offset(self.slot_of(volume), view.alignment))
+        return Lease(view.uuid, volume, area)
+
+    # Removal
+
+    def mark_removed(self, token: SpmToken, image: str, volumes: Sequence[str], *, zero: bool = False) -> None:
+        check_id(image, "image UUID")
+        for volume in volumes:
+            if self._entry(volume).images[:1] != (image,):
+                raise NotFound(f"there is no volume {volume} in image {image}", path=self._name)
+        mark = layout.TAG_ZERO if zero else layout.REMOVED_PREFIX
+        token.check()
+        old = [f"{layout.TAG_IMAGE}{prefix}{image}" for prefix in ("", layout.REMOVED_PREFIX)]
+        new = f"{layout.TAG_IMAGE}{mark}{image}"
+        self.lvm.change_tags(self._name, list(volumes), add=[new], remove=[tag for tag in old if tag != new])
+        self.changed()
+
+    def purge(self, token: SpmToken, image: str) -> None:
+        check_id(image, "image UUID")
+        self.changed()
+        gone = [entry for entry in self.entries().values() if entry.removed and entry.images[0] == image]
+        self._remove(token, gone)
+
+    def _remove(self, token: SpmToken, gone: Sequence[VolumeEntry]) -> None:
+        if not gone:
+            return
+        token.check()
+        self.lvm.remove_volumes(self._name, [entry.volume for entry in gone])
+        self.changed()
+        # Others leave the text of a deleted volume in its slot; readers take
+        # zeros for an empty record.  No volume has got the slot yet.
+        for entry in gone:
+            if entry.slot is not None:
+                self._write_slot(token, entry.slot, bytes(RECORD_SIZE))
+
+    def leftovers(self) -> list[Leftover]:
+        found = []
+        entries = self.entries()
+        for volume, entry in sorted(entries.items()):
+            if entry.initializing and volume not in self._pending:
+                found.append(Leftover("unfinished volume", volume, "a creation that did not end"))
+            elif entry.zeroing:
+                found.append(Leftover("volume to wipe", volume, "a removal that did not end before it was wiped"))
+            elif entry.removed:
+                found.append(Leftover("removed volume", volume, "a removal that did not end"))
+        for name in sorted(self.state.lvs):
+            if is_id(name) and name not in entries:
+                found.append(Leftover("unknown volume", name, "a logical volume without the tags of a volume; kept"))
+            elif not is_id(name) and name not in layout.SPECIAL_VOLUMES:
+                found.append(Leftover("unknown volume", name, "a logical volume that is no part of a domain; kept"))
+        return found
+
+    def sweep(self, token: SpmToken, leftovers: Sequence[Leftover]) -> None:
+        names = {leftover.name for leftover in leftovers if leftover.kind != "unknown volume"}
+        self.changed()
+        entries = [entry for volume, entry in self.entries().items() if volume in names]
+        for entry in entries:
+            if entry.zeroing:
+                self._wipe(token, entry.volume)
+        self._remove(token, [entry for entry in entries if entry.removed or entry.initializing])
+
+    def _wipe(self, token: SpmToken, volume: str) -> None:
+        storage = self.open_volume(volume, writable=True)
+        try:
+            token.check()
+            storage.zero(0, storage.size)
+            storage.flush()
+        finally:
+            storage.close()
+
+    def capacity(self) -> tuple[int, int]:
+        return self.state.vg.size, self.state.vg.free
+
+    def external_leases(self) -> dict[str, ExternalLease] | None:
+        """Return external leases by name, ``None`` where the domain has none."""
+        view = self.metadata
+        if not layout.has_xleases(view.version, view.type):
+            return None
+        with self.special("xleases") as storage:
+            volume = XleaseVolume(storage, path=storage.name, block_size=view.block_size, alignment=view.alignment)
+            return volume.load().leases(view.alignment)

@@ -1,0 +1,217 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""``qpool domain``: create, list, show, dump, leftovers, destroy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from qcowlib.errors import Error
+from qcowlib.units import human_size
+from storage_pool import block_group
+from storage_pool.block_domain import BlockDomain
+from storage_pool.cli.hosting import make_lvm, now, open_domain, take_token
+from storage_pool.cli.output import Output
+from storage_pool.dump import dump_block, dump_file
+from storage_pool.errors import printable
+from storage_pool.file_domain import FileDomain, discover
+from storage_pool.ids import make_id
+from storage_pool.metadata_domain import BACKUP, BLOCK_TYPES, DATA, TYPES, VERSIONS
+from storage_pool.process import SystemRunner
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+__all__ = ["add_parsers"]
+
+Run = Callable[[argparse.Namespace, Output], int]
+_CLASS_NAMES = {"data": DATA, "iso": "Iso", "export": BACKUP}
+
+
+def _version(text: str) -> int:
+    """Read V1 to V5, or the number that is stored; V1 is stored as 0."""
+    number = text.upper().removeprefix("V")
+    if number == "1":
+        return 0
+    if number.isascii() and number.isdigit() and int(number) in VERSIONS:
+        return int(number)
+    raise argparse.ArgumentTypeError(f"there is no domain version '{printable(text)}'; use V1 to V5")
+
+
+def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
+    """Add the subcommands of this subject."""
+    verbs = subjects.add_parser("domain", help="storage domains").add_subparsers(
+        dest="verb", required=True, metavar="VERB"
+    )
+
+    def add(verb: str, run: Run, text: str) -> argparse.ArgumentParser:
+        parser = verbs.add_parser(verb, parents=[common], help=text, description=text)
+        parser.set_defaults(run=run)
+        return parser
+
+    create = add("create", _create, "make a domain in a mounted directory or of devices")
+    create.add_argument("place", nargs="+", metavar="DIRECTORY|DEVICE")
+    create.add_argument("--type", choices=sorted(TYPES), default=None, help="LOCALFS or ISCSI by default")
+    create.add_argument("--class", dest="domain_class", choices=sorted(_CLASS_NAMES), default="data")
+    create.add_argument("--version", type=_version, default=5, metavar="V1..V5")
+    create.add_argument("--name", default="", help="description, at most 50 characters")
+    create.add_argument("--remote-path", default=None, help="what is mounted there; the directory by default")
+    create.add_argument("--block-size", type=int, choices=(512, 4096), default=512)
+    create.add_argument("--force", action="store_true", help="take devices that hold something")
+    listing = add("list", _list, "list the domains in directories and on volume groups")
+    listing.add_argument("place", nargs="*", metavar="DIRECTORY")
+    for verb, run, text in (
+        ("show", _show, "show the keys of a domain and how full it is"),
+        ("dump", _dump, "print all that is known of a domain; reads only"),
+        ("leftovers", _leftovers, "list what interrupted operations left"),
+        ("destroy", _destroy, "remove a domain with everything in it"),
+    ):
+        parser = add(verb, run, text)
+        parser.add_argument("domain", metavar="DIRECTORY|UUID")
+        if verb == "leftovers":
+            parser.add_argument("--sweep", action="store_true", help="remove them")
+
+
+def _create(arguments: argparse.Namespace, output: Output) -> int:
+    uuid = make_id()
+    kind = arguments.type or ("ISCSI" if arguments.place[0].startswith("/dev/") else "LOCALFS")
+    with take_token(arguments) as token:
+        if kind in BLOCK_TYPES:
+            runner = SystemRunner()
+            with block_group.create_block_domain(
+                token,
+                make_lvm(arguments),
+                runner,
+                uuid,
+                arguments.place,
+                version=arguments.version,
+                storage_type=kind,
+                description=arguments.name,
+                ctime=now(),
+                force=arguments.force,
+            ) as made:
+                return _print_created(output, made.uuid, made.name)
+        directory = arguments.place[0]
+        with FileDomain.create(
+            token,
+            directory,
+            uuid,
+            version=arguments.version,
+            storage_type=kind,
+            domain_class=_CLASS_NAMES[arguments.domain_class],
+            description=arguments.name,
+            remote_path=arguments.remote_path or directory,
+            block_size=arguments.block_size,
+            ctime=now(),
+        ) as file_domain:
+            return _print_created(output, file_domain.uuid, file_domain.name)
+
+
+def _print_created(output: Output, uuid: str, name: str) -> int:
+    if output.as_json:
+        output.document({"path": name, "uuid": uuid})
+    else:
+        output.line(f"created domain {uuid} in {name}" if name != uuid else f"created domain {uuid}")
+    return 0
+
+
+def _summary(domain: FileDomain | BlockDomain) -> dict[str, object]:
+    total, free = domain.capacity()
+    return {**domain.metadata.info(), "path": domain.name, "total": total, "free": free}
+
+
+def _list(arguments: argparse.Namespace, output: Output) -> int:
+    found: list[dict[str, object]] = []
+    status = 0
+    names = [path for place in arguments.place for path in discover(place)]
+    if arguments.device or not arguments.place:
+        names += BlockDomain.discover(make_lvm(arguments))
+    for name in names:
+        try:
+            with open_domain(arguments, name) as domain:
+                found.append(_summary(domain))
+        except Error as error:
+            # One bad domain must not hide the others.
+            found.append({"path": name, "error": str(error)})
+            status = 1
+    if output.as_json:
+        output.document(found)
+        return status
+    columns = ("version", "type", "class", "role")
+    rows = [
+        [row.get("uuid", row["path"]), *(row.get(key, "-") for key in columns), row.get("name", row.get("error", ""))]
+        for row in found
+    ]
+    output.table(("UUID", "VERSION", "TYPE", "CLASS", "ROLE", "NAME"), rows)
+    return status
+
+
+def _show(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain:
+        summary = _summary(domain)
+        warnings = domain.warnings() if isinstance(domain, BlockDomain) else []
+        count = sum(1 for entry in domain.entries().values() if not entry.removed)
+    summary.update(volumes=count, warnings=warnings)
+    if output.as_json:
+        output.document(summary)
+        return 0
+    for key in ("total", "free"):
+        summary[key] = human_size(int(str(summary[key])))
+    output.fields([(key, _plain(value)) for key, value in summary.items() if key != "warnings"])
+    for warning in warnings:
+        output.line(f"warning: {warning}")
+    return 0
+
+
+def _plain(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _dump(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain:
+        document = dump_block(domain) if isinstance(domain, BlockDomain) else dump_file(domain)
+    if output.as_json:
+        output.document(document)
+    else:
+        _print_dump(document, output)
+    return 0
+
+
+def _print_dump(document: Mapping[str, object], output: Output) -> None:
+    info = document["info"]
+    if isinstance(info, dict):
+        output.fields([(key, _plain(value)) for key, value in info.items()])
+    volumes = document.get("volumes")
+    if isinstance(volumes, dict):
+        columns = ("image", "parent", "format", "type", "voltype", "legality", "capacity", "status")
+        rows = [[volume, *(told.get(key, "-") for key in columns)] for volume, told in sorted(volumes.items())]
+        output.table(("VOLUME", *(key.upper() for key in columns)), rows)
+    problems = document.get("problems")
+    if isinstance(problems, dict):
+        for name, texts in problems.items():
+            output.line(f"problem: {name}: {'; '.join(texts)}")
+
+
+def _leftovers(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain:
+        found = domain.leftovers()
+        if output.as_json:
+            output.document([leftover._asdict() for leftover in found])
+        else:
+            output.table(("KIND", "NAME", "WHY"), found)
+        if arguments.sweep and found:
+            with take_token(arguments) as token:
+                domain.sweep(token, found)
+            return 0
+    return 3 if found else 0
+
+
+def _destroy(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
+        if isinstance(domain, BlockDomain):
+            block_group.destroy_block_domain(token, domain)
+        else:
+            domain.destroy(token)
+    return 0

@@ -36,6 +36,7 @@ class Placement:
     """
 
     def __init__(self, cluster_bits: int, refcount_order: int) -> None:
+        self._cluster_size = 1 << cluster_bits
         self.per_block = refcounts_per_block(cluster_bits, refcount_order)
         self.per_table_cluster = 1 << (cluster_bits - 3)
         self._most_tables = MAX_REFCOUNT_TABLE_BYTES >> cluster_bits
@@ -118,6 +119,31 @@ class Placement:
             got = 0 if free != start else count if end is None else min(count, end - start)
             if not got or self._describe(start, start + got):
                 return got
+
+    def allocate_bytes(self, offset: int, size: int) -> int:
+        """Allocate *size* bytes (less than a cluster) and return their byte offset.
+
+        They follow the byte *offset*, the end of what was allocated before, if
+        its cluster has the room or the next cluster is the first free one;
+        an *offset* of 0 asks for a new cluster.  Counting references is the caller's.
+        """
+        room = -offset % self._cluster_size
+        while not offset or room < size:
+            cluster = self._search(1)
+            if not offset or offset + room != cluster * self._cluster_size:
+                offset = cluster * self._cluster_size
+            if self._describe(cluster, cluster + 1):
+                break
+            offset = 0
+        return offset
+
+    def tail_room(self) -> int:
+        """Return how many clusters the next allocation may take without any decision.
+
+        That is, behind everything used and without a new refcount block; else 0.
+        """
+        start, end = self._free_from(self.hint)
+        return self.described_until(start) - start if end is None else 0
 
     def described_until(self, start: int) -> int:
         """Return the end of the range from *start* that needs no new refcount block."""

@@ -16,12 +16,10 @@ import errno
 from typing import Final, Literal, NamedTuple
 
 from qcowlib.errors import StorageError, UsageError, printable
-from qcowlib.native import count_refcounts, fill_entries
 from qcowlib.ondisk import (
     AUTOCLEAR_RAW_DATA,
     COMPAT_LAZY_REFCOUNTS,
     COMPRESSION_ZLIB,
-    COPIED,
     CRYPT_LUKS,
     CRYPT_NONE,
     INCOMPAT_COMPRESSION,
@@ -30,11 +28,10 @@ from qcowlib.ondisk import (
     MAX_BACKING_NAME,
     CryptoPointer,
     Header,
-    l1_entries,
     max_virtual_size,
 )
 from qcowlib.ondisk.constants import INT64_MAX
-from qcowlib.ondisk.placement import Placement
+from qcowlib.qcow2.layout import NewImage
 from qcowlib.storage.base import Storage
 from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
@@ -45,7 +42,6 @@ __all__ = [
     "Encryption",
     "Option",
     "Preallocation",
-    "RefcountWriter",
     "create",
     "create_raw",
     "new_header",
@@ -53,7 +49,6 @@ __all__ = [
 
 Preallocation = Literal["off", "metadata", "falloc", "full"]
 
-_WRITE_PIECE: Final = 4 * MiB
 _RAW_PROBE: Final = 4096
 # QEMU looks at L2 tables in slices of this many bytes; it shows in what is allocated together.
 _L2_SLICE: Final = 65536
@@ -260,133 +255,31 @@ def _check_fits(header: Header) -> None:
         raise UsageError(f"{what}: No space left on device") from None
 
 
-class RefcountWriter:
-    """Writes the refcount table and blocks that a :class:`~qcowlib.ondisk.placement.Placement` placed.
-
-    ``counted`` are blocks with refcounts already above 1, by table index.
-    """
-
-    def __init__(self, storage: Storage, header: Header, placement: Placement) -> None:
-        self._storage = storage
-        self._header = header
-        self._placement = placement
-
-    def write(self, counted: dict[int, bytearray] | None = None) -> None:
-        """Write everything in ascending order, and note the table in the header."""
-        placement, header = self._placement, self._header
-        table = self._table(placement.table_clusters, placement.blocks)
-        header.refcount_table_offset = placement.table << header.cluster_bits
-        header.refcount_table_clusters = placement.table_clusters
-        self._write_blocks(counted or {})
-        self._storage.write(header.refcount_table_offset, [table])
-
-    def _table(self, clusters: int, blocks: dict[int, int]) -> bytearray:
-        cluster_bits = self._header.cluster_bits
-        table = bytearray(clusters << cluster_bits)
-        for index, cluster in blocks.items():
-            fill_entries(table, index, 1, cluster << cluster_bits, 0, 1, 0)
-        return table
-
-    def write_retired(self) -> None:
-        """Leave what QEMU leaves in free clusters that held earlier refcount tables."""
-        size = self._header.cluster_size
-        for start, clusters, blocks in self._placement.retired:
-            table = memoryview(self._table(clusters, blocks))
-            for index in range(clusters):
-                if not self._placement.is_used(start + index):
-                    self._storage.write((start + index) * size, [table[index * size : (index + 1) * size]])
-
-    def _write_blocks(self, counted: dict[int, bytearray]) -> None:
-        placement, size = self._placement, self._header.cluster_size
-        used = placement.used()
-        position = 0
-        pending: list[bytearray] = []
-        start = 0
-        # Blocks and used ranges both ascend, so one walk serves all.
-        for index in sorted(placement.blocks):
-            block = counted.get(index) or bytearray(size)
-            first, last = index * placement.per_block, (index + 1) * placement.per_block
-            while position < len(used) and used[position][1] <= first:
-                position += 1
-            for low, high in used[position:]:
-                if low >= last:
-                    break
-                low, high = max(low, first), min(high, last)
-                count_refcounts(block, low - first, high - low, self._header.refcount_order)
-            offset = placement.blocks[index] * size
-            if pending and (offset != start + len(pending) * size or len(pending) * size >= _WRITE_PIECE):
-                self._storage.write(start, pending)
-                pending = []
-            if not pending:
-                start = offset
-            pending.append(block)
-        self._storage.write(start, pending)
-
-
-class _Creator:
+class _Creator(NewImage):
     """One run of :func:`create`."""
 
     def __init__(self, storage: Storage, options: CreateOptions, data: Storage | None) -> None:
-        self.storage = storage
+        super().__init__(storage, new_header(options))
         self.options = options
         self.data = data
-        self.header = new_header(options)
-        self.cluster_bits = self.header.cluster_bits
-        self.placement = Placement(self.cluster_bits, self.header.refcount_order)
-        self.l1 = bytearray()
-        # Guest clusters are allocated in the order of the guest; runs of (first L2 index, count, host cluster).
-        self.tail = 0
 
     def run(self) -> Header:
-        header, storage = self.header, self.storage
-        size = header.cluster_size
-        if storage.size:
-            # Invariant: I11 (an older image in the same place stops being one first).
-            storage.zero(0, size)
-            storage.flush()
-        self._place_l1()
+        header = self.header
+        self.begin()
         mode = self.options.preallocation
         if header.data_file_raw and mode == "off":
             mode = "metadata"
         if self.data is not None:
             self._size_data_file(self.data, mode)
         if mode in ("falloc", "full") and self.data is None:
-            self._preallocate_space(mode)
+            self._preallocate_space()
         elif mode != "off":
             self._preallocate_metadata()
         if self.options.encrypt is not None and self.options.encrypt.header:
-            self._write_encryption_header(self.options.encrypt.header)
-        if header.l1_size:
-            self._write_l1()
-        refcounts = RefcountWriter(storage, header, self.placement)
-        refcounts.write_retired()
-        refcounts.write()
-        if self.tail > storage.size:
-            storage.resize(self.tail)
+            self.write_encryption_header(self.options.encrypt.header)
         if self.data is not None:
             self.data.flush()
-        storage.flush()
-        # Invariant: I11
-        storage.write(0, [header.pack()])
-        storage.flush()
-        return header
-
-    def _place_l1(self) -> None:
-        header = self.header
-        header.l1_size = l1_entries(header.size, self.cluster_bits, header.extended_l2)
-        if header.l1_size:
-            clusters = ceil_div(header.l1_size * 8, header.cluster_size)
-            header.l1_table_offset = self.placement.allocate(clusters) << self.cluster_bits
-            self.l1 = bytearray(header.l1_size * 8)
-
-    def _write_l1(self) -> None:
-        offset, l1 = self.header.l1_table_offset, self.l1
-        if len(l1) > MiB and not any(l1):
-            # The largest L1 is 32 MiB: zeros need not travel.
-            self.storage.zero(offset, len(l1))
-            self.tail = max(self.tail, offset + len(l1))
-        else:
-            self.storage.write(offset, [l1])
+        return self.finish()
 
     def _size_data_file(self, data: Storage, mode: str) -> None:
         size = self.header.size
@@ -399,27 +292,26 @@ class _Creator:
 
     def _preallocate_metadata(self) -> None:
         """Allocate every L2 table and cluster, as a guest writing in order would."""
-        header, placement = self.header, self.placement
+        header = self.header
         entries = header.l2_entries
         slice_entries = min(_L2_SLICE, header.cluster_size) // header.l2_entry_size
         left = ceil_div(header.size, header.cluster_size)
         host = 0
         for l1_index in range(header.l1_size):
             table = bytearray(header.cluster_size)
-            l2_cluster = placement.allocate(1)
-            fill_entries(self.l1, l1_index, 1, COPIED | (l2_cluster << self.cluster_bits), 0, 1, 0)
+            l2_offset = self.new_l2(l1_index)
             count = min(left, entries)
             if self.data is not None:
-                self._link(table, 0, count, l1_index * entries)
+                self.link(table, 0, count, l1_index * entries * header.cluster_size)
                 host = 0
             else:
                 host = self._fill_table(table, count, slice_entries)
             left -= count
-            self.storage.write(l2_cluster << self.cluster_bits, [table])
+            self.storage.write(l2_offset, [table])
         # The part of the last cluster that the disk does not reach is zeroed, in whole subclusters.
         reach = round_up(header.size, header.subcluster_size)
         if host:
-            self.tail = (host << self.cluster_bits) - round_up(reach, header.cluster_size) + reach
+            self.tail = (host << header.cluster_bits) - round_up(reach, header.cluster_size) + reach
         elif self.data is not None and self.data.size < reach:
             self.data.resize(reach)
 
@@ -431,8 +323,9 @@ class _Creator:
             # Slices that no new refcount block can interrupt are one step.
             want = min(count - done, slice_entries - done % slice_entries)
             if expected >= 0:
-                room = placement.described_until(expected) - expected
-                want = max(want, min(count - done, room // slice_entries * slice_entries))
+                room = placement.described_until(expected) - expected - want
+                if room >= slice_entries:
+                    want = min(count - done, want + room // slice_entries * slice_entries)
                 got = placement.allocate_at(expected, want)
                 start = expected
                 expected = expected + got if got else -1
@@ -440,38 +333,26 @@ class _Creator:
                 start = placement.allocate(want)
                 got = want
                 expected = start + got
-            self._link(table, done, got, start)
+            self.link(table, done, got, start << self.header.cluster_bits)
             done += got
         return start + got
 
-    def _link(self, table: bytearray, first: int, count: int, host: int) -> None:
-        size = self.header.cluster_size
-        fill_entries(table, first, count, COPIED | host * size, size, self.header.l2_entry_size // 8, 0)
-
-    def _preallocate_space(self, mode: str) -> None:
+    def _preallocate_space(self) -> None:
         """Place all data in one run behind refcount structures that suffice for it, tables after."""
         header, placement, storage = self.header, self.placement, self.storage
         clusters = ceil_div(header.size, header.cluster_size)
         tables = ceil_div(clusters, header.l2_entries) + 2
         start = placement.grow_table(placement.end, clusters + tables, exact=True)
         placement.allocate_at(start, clusters)
-        end = (start + clusters) << self.cluster_bits
-        storage.zero(start << self.cluster_bits, end - (start << self.cluster_bits), allocate=True)
+        end = (start + clusters) << header.cluster_bits
+        storage.zero(start << header.cluster_bits, end - (start << header.cluster_bits), allocate=True)
         self.tail = max(self.tail, end)
         for l1_index in range(header.l1_size):
             first = l1_index * header.l2_entries
             table = bytearray(header.cluster_size)
-            self._link(table, 0, min(clusters - first, header.l2_entries), start + first)
-            l2_cluster = placement.allocate(1)
-            fill_entries(self.l1, l1_index, 1, COPIED | (l2_cluster << self.cluster_bits), 0, 1, 0)
-            storage.write(l2_cluster << self.cluster_bits, [table])
-
-    def _write_encryption_header(self, blob: bytes) -> None:
-        size = self.header.cluster_size
-        padded = blob.ljust(round_up(len(blob), size), b"\0")
-        offset = self.placement.allocate(len(padded) // size) * size
-        self.storage.write(offset, [padded])
-        self.header.crypto = CryptoPointer(offset, len(blob))
+            count = min(clusters - first, header.l2_entries)
+            self.link(table, 0, count, (start + first) << header.cluster_bits)
+            storage.write(self.new_l2(l1_index), [table])
 
 
 def create(storage: Storage, options: CreateOptions, *, data: Storage | None = None) -> Header:

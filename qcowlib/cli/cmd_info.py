@@ -12,7 +12,7 @@ from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.describe import describe, snapshot_table
 from qcowlib.cli.jsonout import human, pretty
 from qcowlib.cli.names import ImageRef, image_ref
-from qcowlib.cli.opening import open_failure, open_storage
+from qcowlib.cli.opening import open_failure, open_storage, tell_lost_bitmaps
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.errors import Error
 from qcowlib.units import human_size
@@ -37,11 +37,6 @@ COMMAND = Command(
         options.FORCE_SHARE,
     ),
     "info --output=json --backing-chain disk.qcow2",
-)
-
-_BITMAPS_LOST = (
-    "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent",
-    "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.",
 )
 
 
@@ -90,8 +85,7 @@ def _chain(ref: ImageRef, args: Args, console: Console) -> list[dict[str, Json]]
 def _one(ref: ImageRef, args: Args, console: Console) -> dict[str, Json]:
     file, storage, header = open_storage(ref, force_share=args.flag("force-share"))
     try:
-        if header is not None and header.bitmaps is not None and not header.bitmaps_valid:
-            console.warn(*_BITMAPS_LOST)
+        tell_lost_bitmaps(header, console)
         return describe(ref, file, storage, header)
     except Error as error:
         raise open_failure(ref.text, error) from None

@@ -13,6 +13,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, TypeVar
 
 from qcowlib.cli.console import Failure
+from qcowlib.cli.encryption import encryption_of, luks_area
 from qcowlib.cli.names import image_ref, strip_protocol
 from qcowlib.cli.opening import full_backing_name, hint_text, open_storage
 from qcowlib.errors import Error, StorageError
@@ -116,6 +117,8 @@ def create(request: Request, secrets: Mapping[str, bytes]) -> None:
     try:
         if request.fmt == "qcow2":
             _create_qcow2(request, secrets)
+        elif request.fmt == "luks":
+            _create_luks(request, secrets)
         else:
             _create_raw(request)
     except Error as error:
@@ -171,6 +174,19 @@ def _create_raw(request: Request) -> None:
         raise
 
 
+def _create_luks(request: Request, secrets: Mapping[str, bytes]) -> None:
+    storage = _open_new(request.path)
+    try:
+        with closing(storage):
+            area = luks_area(request.values, "", secrets, host_sectors=False)
+            storage.resize(len(area) + request.size)
+            storage.write(0, [area])
+            storage.flush()
+    except BaseException:
+        _remove(request.path)
+        raise
+
+
 def _create_qcow2(request: Request, secrets: Mapping[str, bytes]) -> None:
     storage = _open_new(request.path)
     try:
@@ -196,10 +212,6 @@ def _options(request: Request, secrets: Mapping[str, bytes]) -> CreateOptions:
     values = request.values
     backing_format = values.text("backing_fmt")
     _choice("backing-fmt", backing_format, KNOWN_FORMATS)
-    encryption = "aes" if values.flag("encryption") else values.text("encrypt.format")
-    _choice("format", encryption, {"aes": 1, "luks": 2})
-    if encryption is not None and values.text("encrypt.key-secret") is None:
-        raise Failure("Parameter 'encrypt.key-secret' is required for cipher")
     return CreateOptions(
         size=request.size,
         version=_choice("version", values.text("compat"), _VERSIONS) or 3,
@@ -213,7 +225,7 @@ def _options(request: Request, secrets: Mapping[str, bytes]) -> CreateOptions:
         backing_format=_bytes(backing_format),
         data_file=_bytes(values.text("data_file")),
         data_file_raw=values.flag("data_file_raw"),
-        encrypt=None,
+        encrypt=encryption_of(values, secrets),
     )
 
 

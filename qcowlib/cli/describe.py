@@ -84,6 +84,12 @@ def _specific(storage: Storage, header: Header) -> dict[str, Json]:
 def _with_encryption(data: dict[str, Json], storage: Storage, header: Header) -> dict[str, Json]:
     if header.crypt_method == 1:
         data["encrypt"] = {"format": "aes"}
+    elif header.crypto is not None:
+        from qcowlib.luks import HEADER_BYTES, LuksHeader
+
+        area = bytearray(HEADER_BYTES)
+        storage.read_into(header.crypto.offset, [area])
+        data["encrypt"] = {**LuksHeader.parse(area).info(), "format": "luks"}  # type: ignore[dict-item]
     return data
 
 

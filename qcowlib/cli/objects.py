@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["parse_secrets"]
 
 _KEYS = frozenset(("qom-type", "id", "data", "file", "format", "keyid", "iv"))
-#: Passphrases longer than this are refused (bounds the read of a file).
-_MAX_SECRET = 1 << 20
 
 
 def parse_secrets(texts: Sequence[str]) -> dict[str, bytes]:
@@ -76,30 +74,17 @@ def _secret(found: dict[str, str]) -> tuple[str, bytes]:
         )
     if "keyid" in found or "iv" in found:
         raise Failure("Encrypted secrets are not supported", hint="Give the passphrase with data= or file=.\n")
-    data = _data(found)
-    if encoding == "base64":
-        from binascii import Error, a2b_base64
-
-        try:
-            data = a2b_base64(data)
-        except Error:
-            raise Failure("base64 encoding of the secret is not valid") from None
-    return name, data
+    return name, _load(name, found, encoding)
 
 
-def _data(found: dict[str, str]) -> bytes:
-    data, path = found.get("data"), found.get("file")
-    if data is not None and path is not None:
-        raise Failure("'file' and 'data' are mutually exclusive")
-    if data is not None:
-        return data.encode("utf-8", "surrogateescape")
-    if path is None:
-        raise Failure("Either 'file' or 'data' must be provided")
+def _load(name: str, found: dict[str, str], encoding: str) -> bytes:
+    from qcowlib.crypto import Secret
+    from qcowlib.errors import Error, StorageError
+
+    path = found.get("file")
     try:
-        with open(path, "rb") as stream:
-            content = stream.read(_MAX_SECRET + 1)
-    except OSError as error:
+        return Secret.load(name, data=found.get("data"), file=path, encoding=encoding).reveal()
+    except StorageError as error:
         raise Failure(f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}") from None
-    if len(content) > _MAX_SECRET:
-        raise Failure(f"Unable to read {path}: the secret is too long")
-    return content
+    except Error as error:
+        raise Failure(error.message) from None

@@ -16,10 +16,34 @@ from qcowlib.storage.imagelock import lock_image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qcowlib.cli.console import Console
     from qcowlib.cli.names import ImageRef
+    from qcowlib.image import Image
     from qcowlib.storage.base import Storage
 
-__all__ = ["full_backing_name", "hint_text", "is_plain_path", "open_failure", "open_storage", "read_header"]
+__all__ = [
+    "full_backing_name",
+    "hint_text",
+    "is_plain_path",
+    "open_failure",
+    "open_image",
+    "open_storage",
+    "read_header",
+    "tell_lost_bitmaps",
+]
+
+_LOST_BITMAPS = (
+    "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent",
+    "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.",
+)
+_PROBED_RAW = (
+    "WARNING: Image format was not specified for '{}' and probing guessed raw.\n"
+    "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be "
+    "restricted.\n"
+    "         Specify the 'raw' format explicitly to remove the restrictions.\n"
+)
 
 
 def hint_text(error: Error) -> str:
@@ -111,3 +135,74 @@ def full_backing_name(path: str, backing: str) -> str:
         return backing
     slash = path.rfind("/")
     return path[: slash + 1] + backing
+
+
+def tell_lost_bitmaps(header: Header | None, console: Console) -> None:
+    """Warn if the image has bitmaps that can no longer be trusted."""
+    if header is not None and header.bitmaps is not None and not header.bitmaps_valid:
+        console.warn(*_LOST_BITMAPS)
+
+
+def open_image(
+    ref: ImageRef,
+    console: Console,
+    *,
+    secrets: Mapping[str, bytes],
+    writable: bool = False,
+    force_share: bool = False,
+    cache: str = "writeback",
+    snapshot: str | None = None,
+    backing: bool = True,
+    code: int = 1,
+) -> Image:
+    """Open *ref* and what it stands on.  Raises :class:`Failure` with exit status *code*."""
+    from qcowlib.image import open as open_any
+
+    try:
+        image = open_any(
+            _source(ref, writable, cache),
+            "r+" if writable else "r",
+            format=ref.format,
+            snapshot=snapshot,
+            cache=cache,  # type: ignore[arg-type]
+            force_share=force_share,
+            secret=secret_of(ref, secrets),
+            data_file=ref.data_file,
+            backing=backing,
+        )
+    except Error as error:
+        raise open_failure(ref.text, error, code=code) from None
+    if writable and ref.format is None and image.format == "raw":
+        console.err(_PROBED_RAW.format(ref.text))
+    tell_lost_bitmaps(getattr(image.layers[0], "header", None), console)
+    return image
+
+
+def _source(ref: ImageRef, writable: bool, cache: str) -> str | Storage:
+    if not ref.windows:
+        return ref.path
+    return _windowed(FileStorage.open(ref.path, writable=writable, cache=cache), ref)
+
+
+def secret_of(ref: ImageRef, secrets: Mapping[str, bytes]) -> bytes | None:
+    """Return the passphrase that *ref* names.  Raises :class:`Failure` if it was not given."""
+    if ref.secret is None:
+        return None
+    if ref.secret not in secrets:
+        raise Failure(f"Could not open '{ref.text}': No secret with id '{ref.secret}'")
+    return secrets[ref.secret]
+
+
+def check_backing(ref: ImageRef, header: Header) -> None:
+    """Open and close the backing chain of *ref*, as opening the image would.  Raises :class:`Failure`."""
+    if not header.backing_file:
+        return
+    from qcowlib.image import open as open_any
+
+    full = full_backing_name(ref.path, header.backing_file.decode("utf-8", "surrogateescape"))
+    fmt = header.backing_format.decode("utf-8", "surrogateescape") if header.backing_format else None
+    try:
+        open_any(full.removeprefix("file:"), format=fmt).close()
+    except Error as error:
+        error.message = f"Could not open backing file: {error.message}"
+        raise open_failure(ref.text, error) from None

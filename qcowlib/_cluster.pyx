@@ -280,6 +280,20 @@ cdef class ClusterMap:
         self.dirty_count += 1
         return True
 
+    def drop(self, uint32_t index, RunList freed):
+        """Forget the table of *index* without writing it; the space it maps goes to *freed*."""
+        cdef uint32_t i
+        if index >= self.l1_size or not self.slot_of[index]:
+            raise IndexError(index)
+        cdef Slot *slot = &self.slots[self.slot_of[index] - 1]
+        for i in range(self.l2_entries):
+            self._free_old(qc_be64(slot.table + (<uint64_t> i << self.entry_shift)), 0, &freed.v)
+        if slot.fresh or slot.dirty_lo != slot.dirty_hi:
+            self.dirty_count -= 1
+        slot.fresh = slot.busy = False
+        slot.dirty_lo = slot.dirty_hi = 0
+        self.slot_of[index] = 0
+
     def set_fresh(self, uint32_t index):
         """The loaded table of *index* moves to a new place: it must be written whole before L1 names it."""
         if index >= self.l1_size or not self.slot_of[index]:

@@ -13,14 +13,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qcowlib.driver import DATA, HOLE, SPARSE, ZERO
-from qcowlib.errors import CorruptImage, Error, FormatError, StorageError
+from qcowlib.errors import CorruptImage, Error, FormatError, StorageError, UsageError
 from qcowlib.native import ChainMap, LayerFds, RunList
 from qcowlib.ondisk import is_qcow2
 from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.qcow2.resize import resize
 from qcowlib.qcow2.write import Writer
 from qcowlib.raw import RawImage, RawWriter
 
 if TYPE_CHECKING:
+    from qcowlib.qcow2.create import Preallocation
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
 
@@ -185,6 +187,19 @@ class Chain:
     async def write(self, offset: int, data: memoryview) -> None:
         """Write *data* at guest *offset*."""
         await self.writer.write(offset, data)
+
+    async def resize(self, size: int, *, preallocation: Preallocation, shrink: bool) -> None:
+        """Change the size of the top layer."""
+        if size < 0:
+            raise UsageError("New image size must be positive", path=self.top.storage.name)
+        if isinstance(self.writer, RawWriter):
+            await self.writer.resize(size, preallocation=preallocation, shrink=shrink)
+            self.refresh()
+            return
+        below = self.layers[1].size if len(self.layers) > 1 else 0
+        await resize(
+            self.writer, size, backing_size=below, refresh=self.refresh, preallocation=preallocation, shrink=shrink
+        )
 
     async def flush(self) -> None:
         """Make every finished change durable."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from qcowlib.chain import Layer
     from qcowlib.opening import Source
+    from qcowlib.qcow2.create import Preallocation
 
 __all__ = ["CacheMode", "Image", "check_range", "open", "run_extents"]
 
@@ -227,6 +228,14 @@ class Image:
         check_range(offset, length, self._chain.size, self.path)
         if length:
             self._runtime.run(self._chain.writer.discard(offset, length))
+
+    def resize(self, size: int, *, preallocation: Preallocation = "off", shrink: bool = False) -> None:
+        """Change the virtual size; new bytes read as zeros.  Losing bytes needs *shrink*.
+
+        Raises: UsageError with qemu's words, StorageError.
+        """
+        self._check_writable()
+        self._runtime.run(self._chain.resize(size, preallocation=preallocation, shrink=shrink))
 
     def flush(self) -> None:
         """Return when everything written before is durable."""

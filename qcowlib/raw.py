@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qcowlib.errors import UsageError
 from qcowlib.units import SECTOR, round_up
 
 if TYPE_CHECKING:
+    from qcowlib.qcow2.create import Preallocation
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
 
@@ -69,3 +71,17 @@ class RawWriter:
     async def discard(self, offset: int, length: int) -> None:
         """Give the range back to the storage."""
         await self.image.runtime.io(self.image.storage.discard, offset, length)
+
+    async def resize(self, size: int, *, preallocation: Preallocation, shrink: bool) -> None:
+        """Change the length; *preallocation* falloc or full gives new bytes space."""
+        image = self.image
+        old = image.storage.size
+        if preallocation == "metadata":
+            raise UsageError("Unsupported preallocation mode 'metadata'", path=image.storage.name)
+        if size < old and preallocation != "off":
+            raise UsageError("Preallocation can't be used for shrinking an image", path=image.storage.name)
+        if size < old and not shrink:
+            raise UsageError("Use the --shrink option to perform a shrink operation.", path=image.storage.name)
+        await image.runtime.io(image.storage.resize, size)
+        if preallocation != "off" and size > old:
+            await image.runtime.io(lambda: image.storage.zero(old, size - old, allocate=True))

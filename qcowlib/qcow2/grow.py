@@ -68,6 +68,11 @@ class Allocator:
             else:
                 self._add_block(where)
 
+    def lower_water(self, cluster: int) -> None:
+        """The file was cut: from *cluster* on it has nothing, so space there reads as zeros again."""
+        self.high_water = cluster
+        self._compressed_at = 0
+
     async def release(self, offset: int, count: int) -> None:
         """Take back clusters that were never published (a failed operation)."""
         await self.writeback.store.change(offset >> self.writeback.header.cluster_bits, count, False)

@@ -47,6 +47,8 @@ PREPARE: Final = 0
 GROW: Final = 1
 PUBLISH: Final = 2
 
+_HEADER_FIELDS: Final = 104
+
 Write = tuple[int, bytes]
 
 
@@ -211,10 +213,20 @@ class Writeback:
             ranks[rank].extend(queued)
             undo.append(partial(_put_first, queued, list(queued)))
             queued.clear()
+        self._join_header(ranks[PUBLISH])
         freed, unmapped = self.freed, self.unmapped
         self.freed, self.unmapped = RunList(), RunList()
         undo.append(lambda: self._put_back(freed, unmapped))
         return _Cut(ranks, undo, freed, unmapped)
+
+    def _join_header(self, publish: list[Write]) -> None:
+        """Make the header fields of a cut one write inside the first sector: all of them change, or none (I5)."""
+        fields = [write for write in publish if write[0] < _HEADER_FIELDS]
+        if len(fields) > 1:
+            start = min(offset for offset, _ in fields)
+            end = max(offset + len(data) for offset, data in fields)
+            publish[:] = [write for write in publish if write[0] >= _HEADER_FIELDS]
+            publish.append((start, self.header.pack_fields()[start:end]))
 
     def _put_back(self, freed: RunList, unmapped: RunList) -> None:
         for kept, now in ((freed, self.freed), (unmapped, self.unmapped)):

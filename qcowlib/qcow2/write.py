@@ -77,7 +77,7 @@ class Writer:
 
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the range read as zeros, giving space back where *unmap* allows."""
-        await self._each(offset, length, lambda at, most: self._zero_piece(at, most, unmap))
+        await self._each(offset, length, lambda at, most: self.zero_piece(at, most, unmap))
 
     async def discard(self, offset: int, length: int) -> None:
         """Forget whole clusters inside the range; they read as zeros, or as below in version 2 without backing."""
@@ -110,7 +110,7 @@ class Writer:
 
     # -- tables ----------------------------------------------------------------
 
-    async def _own_table(self, guest: int) -> int:
+    async def own_table(self, guest: int) -> int:
         """Make the L2 table for *guest* loaded and ours alone; returns guest bytes to the end of its range."""
         image = self.image
         cmap, tables = image.cmap, image.tables
@@ -153,7 +153,7 @@ class Writer:
     # -- data ------------------------------------------------------------------
 
     async def _write_piece(self, offset: int, data: memoryview) -> int:
-        most = min(len(data), await self._own_table(offset))
+        most = min(len(data), await self.own_table(offset))
         action, length, host = self.image.cmap.plan_write(offset, most)
         if action == _NEED:
             return 0
@@ -174,7 +174,7 @@ class Writer:
         unit = size // 32 if cmap.extended else size
         start, end = round_down(offset, unit), min(round_up(offset + len(data), unit), round_up(self.image.size, size))
         await self._store_with_edges(start, offset, data, end, host - (offset - start), fresh=False)
-        await self._own_table(offset)
+        await self.own_table(offset)
         first = round_down(offset, size)
         count = (round_up(end, size) - first) // size
         cmap.set_data(first, count, host - (offset - first), start, end, self.image.changing.freed)
@@ -194,7 +194,7 @@ class Writer:
             start, end = self._copied_range(offset, offset + len(data))
             await self._store_with_edges(start, offset, data, end, host + (start - first), fresh=fresh)
             # Other operations may have evicted the table meanwhile.
-            await self._own_table(offset)
+            await self.own_table(offset)
         except BaseException:
             if not cmap.has_data_file:
                 await image.allocation.release(host, count)
@@ -283,7 +283,8 @@ class Writer:
 
     # -- zeros -----------------------------------------------------------------
 
-    async def _zero_piece(self, offset: int, length: int, unmap: bool) -> int:
+    async def zero_piece(self, offset: int, length: int, unmap: bool) -> int:
+        """Zero some bytes at *offset*, inside the gate; returns how many."""
         image = self.image
         size = image.cluster_size
         unit = size // 32 if image.cmap.extended else size
@@ -295,7 +296,7 @@ class Writer:
         whole = length if last else round_down(length, unit)
         if image.header.version == 2:
             return await self._zero_v2(offset, whole)
-        await self._own_table(offset)
+        await self.own_table(offset)
         if offset % size or (whole < size and not last):
             return await self._zero_subclusters(offset, min(whole, size - offset % size), last)
         if not last:
@@ -331,13 +332,9 @@ class Writer:
 
     async def _discard_piece(self, offset: int, length: int) -> int:
         image = self.image
-        if image.header.version == 2:
-            if self.has_backing:
-                return length
-            if image.cmap.l1_entry(image.tables.index(offset)) & OFFSET_MASK == 0:
-                span = image.cmap.l2_entries << image.cmap.cluster_bits
-                return min(length, span - offset % span)
-        elif not self.has_backing and image.cmap.l1_entry(image.tables.index(offset)) & OFFSET_MASK == 0:
+        if image.header.version == 2 and self.has_backing:
+            return length
+        if not self.has_backing and image.cmap.l1_entry(image.tables.index(offset)) & OFFSET_MASK == 0:
             span = image.cmap.l2_entries << image.cmap.cluster_bits
             return min(length, span - offset % span)
         return await self._map_clusters(offset, length, self._discard_clusters, True)
@@ -359,15 +356,44 @@ class Writer:
         """Apply *change* to the whole clusters of the range inside one table; returns the bytes covered."""
         image = self.image
         size = image.cluster_size
-        room = await self._own_table(offset)
+        room = await self.own_table(offset)
         length = min(length, room)
         count = round_up(length, size) // size
         if image.cmap.has_data_file:
             operation = image.data.discard if unmap and not image.header.data_file_raw else image.data.zero
             await image.runtime.io(operation, offset, min(length, max(image.data.size - offset, 0)))
-            await self._own_table(offset)
+            await self.own_table(offset)
         change(offset, count)
         return length
+
+    async def unmap_behind(self, start: int) -> None:
+        """Drop every mapping from cluster-aligned guest offset *start* to the end of L1 (the gate is closed)."""
+        image = self.image
+        cmap = image.cmap
+        span = cmap.l2_entries << cmap.cluster_bits
+        index = start // span
+        while index < cmap.l1_size:
+            if cmap.l1_entry(index) & OFFSET_MASK == 0:
+                index += 1
+                continue
+            if start > index * span:
+                await self.own_table(start)
+                count = ((index + 1) * span - start) // image.cluster_size
+                cmap.set_hole(start, count, image.changing.unmapped)
+            else:
+                await self._drop_table(index)
+            index += 1
+
+    async def _drop_table(self, index: int) -> None:
+        """Release an L2 table and everything it maps: its L1 entry goes, the table itself stays as it is."""
+        image = self.image
+        cmap = image.cmap
+        while not cmap.loaded(index):
+            await image.tables.load(index)
+        place = cmap.l1_entry(index) & OFFSET_MASK
+        cmap.drop(index, image.changing.unmapped)
+        cmap.set_l1(index, 0)
+        image.changing.freed.add(DATA, place, image.cluster_size, place)
 
     # -- compressed ------------------------------------------------------------
 
@@ -390,13 +416,13 @@ class Writer:
 
     async def _compressed_piece(self, offset: int, packed: bytes) -> int:
         image = self.image
-        await self._own_table(offset)
+        await self.own_table(offset)
         entry, _ = image.cmap.entry(offset)
         if entry & (OFFSET_MASK | COMPRESSED_FLAG):
             raise UsageError("compressed data can only be written where nothing is allocated", path=image.storage.name)
         place = await image.allocation.compressed(len(packed))
         await image.runtime.io(image.data.write, place, [packed])
-        await self._own_table(offset)
+        await self.own_table(offset)
         image.cmap.set_entry(
             offset, COMPRESSED_FLAG | pack_compressed(place, len(packed), image.header.cluster_bits), 0
         )

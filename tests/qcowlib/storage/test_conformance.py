@@ -90,18 +90,22 @@ class DeviceContract(StorageContract):
         return FileStorage.open(self.attach(SIZE, self.sector), cache=self.cache)
 
 
+@pytest.mark.real("losetup")
 class TestDevice512(DeviceContract):
     pass
 
 
+@pytest.mark.real("losetup")
 class TestDevice4096(DeviceContract):
     sector = 4096
 
 
+@pytest.mark.real("losetup")
 class TestDevice512Direct(DeviceContract):
     cache = "none"
 
 
+@pytest.mark.real("losetup")
 class TestDevice4096Direct(DeviceContract):
     cache = "none"
     sector = 4096

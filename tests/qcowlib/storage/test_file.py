@@ -235,6 +235,7 @@ def test_direct_writers_of_one_block_lose_nothing(tmp_path: Path, cache: str) ->
     storage.close()
 
 
+@pytest.mark.real("losetup")
 @pytest.mark.parametrize("sector", [512, 4096])
 def test_devices_tell_their_size_and_sector_and_are_not_resized(
     loop_device: Callable[[int, int], str], sector: int

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from qcowlib.chain import Layer
-    from qcowlib.opening import Source
+    from qcowlib.opening import Secrets, Source
     from qcowlib.qcow2.create import Preallocation
 
 __all__ = ["CacheMode", "Image", "check_range", "open", "run_extents"]
@@ -287,7 +287,7 @@ def open(
     references: References = qemu_like,
     cache: CacheMode = "writeback",
     force_share: bool = False,
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     data_file: Source | None = None,
     backing: bool = True,
     backing_format: str | None = None,
@@ -300,7 +300,8 @@ def open(
     this image, never for its bases.  *snapshot* (id or name) reads an internal
     snapshot.  *references* is the policy for files that the image names
     (:mod:`qcowlib.gate`).  *backing* false opens the top layer alone.
-    *secret* unlocks an encrypted image.  *force_share* reads although
+    *secret* unlocks an encrypted image: a passphrase, or a mapping from file
+    names to passphrases where several layers need one.  *force_share* reads although
     somebody writes; *lock* false takes no locks at all.
 
     Raises: FormatError, UnsupportedFeature, GateDenied, Busy, SecretError,

@@ -11,6 +11,7 @@ so (N2).  On any error everything opened so far is closed.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from qcowlib.chain import MAX_DEPTH, Chain, Layer, probe_format
@@ -24,16 +25,20 @@ from qcowlib.storage.file import FileStorage
 from qcowlib.units import MiB
 
 if TYPE_CHECKING:
+    from qcowlib.crypto import Secret
     from qcowlib.qcow2.read import Cipher
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
     from qcowlib.storage.reader import PositionedReader, SeekableReader
 
+    Passphrase = Secret | str | bytes
+    Secrets = Passphrase | Mapping[str, Passphrase]
     Source = str | bytes | os.PathLike[str] | int | Storage | PositionedReader | SeekableReader
 
 __all__ = ["FORMATS", "OpenOptions", "open_chain", "open_storage"]
 
 FORMATS = ("qcow2", "raw")
+_MAX_LUKS_AREA = 16 * MiB
 
 
 class OpenOptions(NamedTuple):
@@ -45,7 +50,7 @@ class OpenOptions(NamedTuple):
     references: References = qemu_like
     cache: str = "writeback"
     force_share: bool = False
-    secret: str | bytes | None = None
+    secret: Secrets | None = None
     data_file: Source | None = None
     backing: bool = True
     backing_format: str | None = None
@@ -218,6 +223,24 @@ def _open_backing(image: Qcow2Image, options: OpenOptions, top: bool) -> tuple[S
 
 
 def _cipher(storage: Storage, header: Header, options: OpenOptions) -> Cipher:
-    if options.secret is None:
+    """Unlock an encrypted image.  Raises SecretError for a missing or wrong passphrase."""
+    secret = options.secret
+    if isinstance(secret, Mapping):
+        secret = secret.get(storage.name)
+    if secret is None:
         raise SecretError("Parameter 'encrypt.key-secret' is required for cipher", path=storage.name)
-    raise UnsupportedFeature("encrypted images cannot be opened yet", path=storage.name)
+    try:
+        if header.crypto is None:
+            from qcowlib.crypto import legacy_aes
+
+            return legacy_aes(secret)
+        from qcowlib.luks import LuksHeader
+
+        if header.crypto.length > _MAX_LUKS_AREA:
+            raise FormatError("the LUKS header is larger than any that is known", path=storage.name)
+        area = bytearray(min(header.crypto.length, max(storage.size - header.crypto.offset, 0)))
+        storage.read_into(header.crypto.offset, [area])
+        return LuksHeader.open(area, secret)
+    except Error as error:
+        error.path = error.path or storage.name
+        raise

@@ -29,7 +29,9 @@ hypothesis.settings.register_profile("default", max_examples=100, **_common)
 hypothesis.settings.register_profile("checked", max_examples=20, derandomize=True, database=None, **_common)
 hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **_common)
 hypothesis.settings.register_profile("long", max_examples=100 * LONG, **_common)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")
+hypothesis.settings.load_profile(
+    os.environ.get("QCOWLIB_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "default")
+)
 
 
 def _missing() -> list[str]:

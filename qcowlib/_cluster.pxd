@@ -55,7 +55,9 @@ cdef class ClusterMap:
     cdef readonly uint64_t bad_l2
     cdef uint64_t *_entry(self, uint64_t guest) noexcept nogil
     cdef int lookup(self, uint64_t pos, uint64_t maxlen, int *kind, uint64_t *host, uint64_t *length) noexcept nogil
-    cdef int _lookup_ext(self, uint8_t *table, uint64_t pos, uint64_t maxlen, int *kind, uint64_t *host, uint64_t *length) noexcept nogil
+    cdef int _lookup_ext(
+        self, uint8_t *table, uint64_t pos, uint64_t maxlen, int *kind, uint64_t *host, uint64_t *length
+    ) noexcept nogil
     cdef int _corrupt(self, int what, uint64_t value, uint64_t l1, uint64_t l2) noexcept nogil
     cdef int plan(self, uint64_t pos, uint64_t maxlen, uint64_t *host, uint64_t *length) noexcept nogil
     cdef int _guard_one(self, uint64_t cluster) except -1
@@ -67,7 +69,9 @@ cdef class ClusterMap:
     cdef int _free_old(self, uint64_t e, uint64_t host, RunVec *freed) except -1
     cdef uint64_t _sub_mask(self, uint64_t cluster, uint64_t lo, uint64_t hi) noexcept nogil
     cdef void _touch(self, uint64_t guest, uint32_t count) noexcept
-    cdef int _write_class(self, uint64_t e, uint64_t bitmap, uint64_t pos, uint64_t maxlen, uint64_t *host) noexcept nogil
+    cdef int _write_class(
+        self, uint64_t e, uint64_t bitmap, uint64_t pos, uint64_t maxlen, uint64_t *host
+    ) noexcept nogil
 
 cdef class ChainMap:
     cdef readonly int count

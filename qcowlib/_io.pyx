@@ -14,7 +14,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Re
 from libc.errno cimport EINTR, EIO, EINVAL, errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.types cimport off_t
 
 from qcowlib._extent cimport Run, RunList, RunVec
@@ -82,7 +82,9 @@ cdef int _write_fd(int fd, uint64_t position, const char *buf, uint64_t length, 
     return 0
 
 
-cdef int _transfer(LayerIo *layer, uint64_t offset, char *buf, uint64_t length, bint write, uint64_t *fail) noexcept nogil:
+cdef int _transfer(
+    LayerIo *layer, uint64_t offset, char *buf, uint64_t length, bint write, uint64_t *fail
+) noexcept nogil:
     cdef FdSeg *seg
     cdef int i, code
     cdef uint64_t inside, part
@@ -178,7 +180,9 @@ cdef class LayerFds:
                 memset(buf + (run.guest - base), 0, run.length)
         return 0
 
-    cdef int write_at(self, int layer, uint64_t offset, const char *buf, uint64_t length, uint64_t *fail) noexcept nogil:
+    cdef int write_at(
+        self, int layer, uint64_t offset, const char *buf, uint64_t length, uint64_t *fail
+    ) noexcept nogil:
         return _transfer(&self.layers[layer], offset, <char *> buf, length, True, fail)
 
     def read_runs(self, RunList runs, buffer, uint64_t base):
@@ -201,7 +205,10 @@ cdef class LayerFds:
             buf = <char *> view.buf
             for i in range(runs.v.count):
                 run = &runs.v.runs[i]
-                if run.guest < base or run.guest - base > <uint64_t> view.len or run.length > view.len - (run.guest - base):
+                if (
+                    run.guest < base or run.guest - base > <uint64_t> view.len
+                    or run.length > view.len - (run.guest - base)
+                ):
                     raise ValueError("a run lies outside the buffer")
                 if run.kind == RUN_COMPRESSED or (
                     run.kind == RUN_DATA
@@ -236,5 +243,3 @@ cdef class LayerFds:
                     layer[0] = run.layer
                     return code
         return 0
-
-

@@ -175,11 +175,11 @@ cdef class Refcounts:
         self.table_mark(index, index + 1)
 
     cdef void _room(self) noexcept:
-        cdef uint64_t tries
+        cdef uint64_t _tries
         cdef Block *block
         if self.loaded_count < self.limit:
             return
-        for tries in range(self.table_size):
+        for _tries in range(self.table_size):
             self.hand = (self.hand + 1) % self.table_size
             block = &self.blocks[self.hand]
             if block.data != NULL and block.dirty_lo == block.dirty_hi and not block.writing:

@@ -12,6 +12,8 @@ import pytest
 
 import qcowlib
 
+pytestmark = pytest.mark.real("qemu-img")
+
 SIZE = (2 << 20) + 3 * 512
 
 GEOMETRIES = [

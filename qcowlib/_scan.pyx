@@ -9,7 +9,7 @@ memory follows the clusters that are referenced, not the length of the file.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport calloc, free, qsort, realloc
-from libc.string cimport memcmp, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from qcowlib._ondisk cimport (
     QC_COMPRESSED,
@@ -96,6 +96,7 @@ cdef enum:
     NOGIL_FROM = 16384  # shorter scans cost less than giving the lock away
     CHUNK_BITS = 9  # 512 counts: one far reference costs 1 KiB
     CHUNK = 1 << CHUNK_BITS
+    NEARBY = 1 << 30
     FULL = 65535  # a count that large continues in a dictionary
     MAX_CLUSTERS = 0x7FFFFFFF  # Source: what qemu-img check accepts
 
@@ -355,6 +356,8 @@ cdef class ReferenceCounts:
     cdef readonly uint64_t copied_errors
     cdef readonly uint64_t overflows
     cdef readonly uint64_t entries
+    cdef readonly uint64_t uncounted  # compressed clusters left out, which may lie anywhere
+    cdef readonly uint64_t beyond  # where the references close behind the end stop
     cdef list events
     cdef bint tracing
     cdef bint fixing
@@ -562,6 +565,8 @@ cdef class ReferenceCounts:
             return 0
         if offset >= self.file_size + size or length >= self.file_size + size - offset:
             self.corruptions += weight
+            if offset < self.file_size + NEARBY and length < NEARBY:
+                self.beyond = max(self.beyond, offset + length)
             self._event(E_PAST_END, 0, offset, length)
             return 1
         last = (offset + length - 1) >> self.cluster_bits
@@ -597,6 +602,7 @@ cdef class ReferenceCounts:
             entry &= ~QC_COPIED
         if self.data_file or bitmap:
             self.corruptions += table.weight
+            self.uncounted += 1
             self._event(E_COMPRESSED_DATA_FILE if self.data_file else E_COMPRESSED_BITMAP, index, entry, 0)
             table.flags |= TABLE_EVENTS
             return 0
@@ -796,6 +802,39 @@ cdef class ReferenceCounts:
                 return end
         return 0
 
+    def fix_block(self, uint64_t index, bint up, bint down):
+        """Return refcount block *index* with wrong refcounts set right, or None if none is.
+
+        *up* raises those that are too low (not from 0), *down* lowers those
+        that are too high.  Clusters that were not compared keep theirs.
+        """
+        cdef uint64_t first = index << self.block_bits
+        cdef uint64_t end = min((index + 1) << self.block_bits, self.clusters)
+        cdef uint64_t cluster
+        cdef uint64_t stored
+        cdef uint64_t counted
+        cdef const uint8_t *block = self.blocks[index] if index < self.block_count else NULL
+        cdef uint8_t[::1] view
+        result = None
+        if block == NULL or block == &_UNREADABLE:
+            return None
+        for cluster in range(first, end):
+            stored = qc_get_refcount(block, cluster - first, self.refcount_order)
+            counted = self._small(cluster)
+            if counted == FULL:
+                counted = self.counted(cluster)
+            if (down and stored > counted) or (up and 0 < stored < counted):
+                if result is None:
+                    result = bytearray(1 << self.cluster_bits)
+                    view = result
+                    memcpy(&view[0], block, 1 << self.cluster_bits)
+                qc_set_refcount(&view[0], cluster - first, self.refcount_order, counted)
+        return result
+
+    cdef inline uint64_t _small(self, uint64_t cluster) noexcept nogil:
+        cdef const uint16_t *chunk = self.chunks[cluster >> CHUNK_BITS]
+        return chunk[cluster & (CHUNK - 1)] if chunk != NULL else 0
+
     def compare(self, size_t limit):
         """Compare counted and stored refcounts of all clusters.
 
@@ -987,6 +1026,11 @@ cdef class TableSet:
             else:
                 high = middle
         return low
+
+    def weight_of(self, uint64_t offset):
+        """Return how many L1 entries name the table at *offset*."""
+        cdef size_t index = self.first_from(offset)
+        return self.refs[index].weight if index < self.count and self.refs[index].offset == offset else 0
 
     cdef uint64_t _flags(self, uint64_t offset):
         cdef size_t index = self.first_from(offset)

@@ -192,7 +192,9 @@ class ReferenceWalk:
     After :meth:`count`: ``counts`` holds the references next to the stored
     refcounts, ``tail`` the findings behind the mapping tables, ``corruptions``
     all findings counted so, ``rebuild`` whether the refcount table is broken,
-    ``failure`` an errno where the walk had to end.
+    ``outside`` how many blocks it has behind the end of the file,
+    ``lost_tables`` how many snapshots have an L1 table that cannot be, ``failure``
+    an errno where the walk had to end.  *fixing* words findings for a repair.
     """
 
     def __init__(
@@ -202,13 +204,18 @@ class ReferenceWalk:
         snapshots: Sequence[SnapshotEntry],
         snapshots_size: int,
         limit: int = DEFAULT_LIMIT,
+        *,
+        fixing: bool = False,
     ) -> None:
         self.header = header
         self.snapshots = snapshots
         self.reader = _Reader(storage)
         self.tail = Log(limit)
         self.rebuild = False
+        self.outside = 0
+        self.lost_tables = 0
         self.failure = 0
+        self._word = "Repairing" if fixing else "ERROR"
         self.refcount_table: dict[int, int] = {}
         self._storage = storage
         self._snapshots_size = snapshots_size
@@ -238,6 +245,11 @@ class ReferenceWalk:
     def corruptions(self) -> int:
         """How many findings are corruptions."""
         return self.counts.corruptions + self.counts.overflows + self._own_corruptions
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that the image refers to inside the file was counted."""
+        return not (self.lost_tables or self.counts.uncounted)
 
     @property
     def must_trace(self) -> bool:
@@ -295,6 +307,7 @@ class ReferenceWalk:
         for snapshot in self.snapshots:
             if self._snapshot_finding(snapshot):
                 self._own_corruptions += 1
+                self.lost_tables += 1
             elif snapshot.l1_size:
                 key = snapshot.l1_table_offset, snapshot.l1_size
                 shared[key] = shared.get(key, 0) + 1
@@ -388,7 +401,10 @@ class ReferenceWalk:
                 text = "is not cluster aligned; refcount table entry corrupted"
                 self._broken_table(f"ERROR refcount block {index} {text}", offset)
             elif offset // size >= self.counts.clusters:
-                self._broken_table(f"ERROR refcount block {index} is outside image", offset)
+                self._own_corruptions += 1
+                self.outside += 1
+                text = f"{self._word} refcount block {index} is outside image"
+                self.tail.add(Finding("refcount-table", "corruption", text, offset, "refcount table"))
             elif offset:
                 self._reference(offset, size)
                 found = self.counts.counted(offset // size)

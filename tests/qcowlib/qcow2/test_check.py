@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -19,12 +17,7 @@ from qcowlib.ondisk import Header
 from qcowlib.qcow2.check import Report, check
 from qcowlib.storage.file import FileStorage
 from qcowlib.storage.memory import MemoryStorage
-
-_spec = importlib.util.spec_from_file_location("corpus", Path(__file__).with_name("corpus.py"))
-assert _spec is not None and _spec.loader is not None
-corpus = importlib.util.module_from_spec(_spec)
-sys.modules["corpus"] = corpus
-_spec.loader.exec_module(corpus)
+from tests.qcowlib.qcow2 import corpus
 
 ALL = 1 << 20
 

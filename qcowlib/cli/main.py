@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "command_module", "entry", "main"]
 
 #: Subcommands in the order of the help.
-COMMANDS = ("check", "create", "info", "map")
+COMMANDS = ("bench", "check", "create", "dd", "info", "map", "resize")
 
 INTERRUPTED = 130
 

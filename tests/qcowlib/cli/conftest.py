@@ -69,6 +69,7 @@ def visible(outcome: Outcome) -> Outcome:
     out = re.sub(r'"date-n?sec": \d+', '"date"', out)
     out = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID", out)
     out = re.sub(r"#block\d+", "#block", out)
+    out = re.sub(r"in \d+\.\d{3} seconds", "in TIME seconds", out)
     out = re.sub(r"iters\"?: \d+", "iters", out)
     err = re.sub(r"#block\d+", "#block", outcome.err)
     return Outcome(outcome.status, out, err)

@@ -148,7 +148,7 @@ class Rooted:
             fd = open_beneath(self._fd, path, writable=writable)
         except StorageError as error:
             raise self._error(error, path, "open") from error
-        return FileStorage.from_fd(fd, name=self.full(path))
+        return FileStorage(fd, self.full(path))
 
     # Changing
 

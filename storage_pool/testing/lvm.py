@@ -9,34 +9,41 @@ only, so that tests at the same time do not meet.
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from storage_pool.lvm import Lvm, LvmHost
 from storage_pool.process import ProcessRunner, SystemRunner
 
-__all__ = ["local_lvm", "loop_devices"]
+__all__ = ["attached", "local_lvm", "loop_devices"]
 
 
 @contextlib.contextmanager
-def loop_devices(folder: Path, *sizes: int, runner: ProcessRunner | None = None) -> Iterator[list[str]]:
-    """Give loop devices on new sparse files of *sizes* bytes in *folder*; they are gone afterwards."""
+def attached(paths: Sequence[Path], runner: ProcessRunner | None = None) -> Iterator[list[str]]:
+    """Give loop devices on the files *paths*, detached afterwards."""
     runner = runner or SystemRunner()
     made: list[str] = []
     try:
-        for number, size in enumerate(sizes):
-            path = folder / f"lun{number}"
-            with path.open("xb") as file:
-                os.truncate(file.fileno(), size)
-            done = runner.run(["losetup", "-f", "--show", str(path)])
+        for path in paths:
+            done = runner.run(["losetup", "--find", "--show", str(path)])
             if done.returncode:
                 raise RuntimeError(done.message())
             made.append(done.stdout.decode().strip())
         yield made
     finally:
         for device in made:
-            runner.run(["losetup", "-d", device])
+            runner.run(["losetup", "--detach", device])
+
+
+@contextlib.contextmanager
+def loop_devices(folder: Path, *sizes: int) -> Iterator[list[str]]:
+    """Give loop devices on new sparse files ``lunN`` of *sizes* bytes in *folder*."""
+    paths = [folder / f"lun{number}" for number in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        with path.open("xb") as file:
+            file.truncate(size)
+    with attached(paths) as made:
+        yield made
 
 
 def local_lvm(folder: Path, devices: list[str], runner: ProcessRunner | None = None) -> Lvm:

@@ -9,7 +9,6 @@ import pytest
 
 from storage_pool import block_group, layout
 from storage_pool.block_domain import BlockDomain
-from storage_pool.embedded import FileToken
 from storage_pool.errors import (
     AlreadyExists,
     Illegal,
@@ -23,25 +22,12 @@ from storage_pool.errors import (
 from storage_pool.ids import BLANK, make_id
 from storage_pool.lease_records import SafeleaseTag, read_leader
 from storage_pool.metadata_volume import VolumeMetadata, parse
-from storage_pool.process import SystemRunner
 from storage_pool.testing.lvm import local_lvm, loop_devices
-from storage_pool.testing.process import RecordingRunner
 
 pytestmark = pytest.mark.real("lvm", "losetup", "mke2fs")
 
 GIB, MIB = 1 << 30, 1 << 20
 CTIME = 1617235200
-
-
-@pytest.fixture
-def token(tmp_path):
-    with FileToken(str(tmp_path / "pool.lock")) as made:
-        yield made
-
-
-@pytest.fixture
-def runner():
-    return RecordingRunner(SystemRunner())
 
 
 @pytest.fixture

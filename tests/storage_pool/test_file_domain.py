@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from qcowlib.errors import GateDenied
-from storage_pool.embedded import FileToken
 from storage_pool.errors import (
     AlreadyExists,
     Illegal,
@@ -35,12 +34,6 @@ def names(folder):
 
 def mode(path):
     return oct(Path(path).stat().st_mode & 0o777)
-
-
-@pytest.fixture
-def token(tmp_path):
-    with FileToken(str(tmp_path / "pool.lock")) as made:
-        yield made
 
 
 @pytest.fixture
@@ -340,3 +333,21 @@ def test_an_attached_domain_is_not_destroyed(make, token):
     domain.change(token, {"POOL_UUID": ""})
     domain.destroy(token)
     assert names(str(Path(domain.name).parent)) == []
+
+
+def test_no_descriptor_is_left_open(make, token):
+    domain = make()
+    image, volume = add_volume(domain, token)
+    before = names("/proc/self/fd")
+    domain.write_record(token, volume, record(domain, image))
+    domain.change(token, {"DESCRIPTION": "x"})
+    add_volume(domain, token, image=image)
+    domain.open_volume(volume).close()
+    with pytest.raises(NotFound):
+        domain.open_volume(make_id())
+    domain.leftovers()
+    domain.mark_removed(token, image, [volume])
+    domain.purge(token, image)
+    domain.refresh()
+    assert domain.entries() and domain.capacity() and domain.external_leases() == {}
+    assert names("/proc/self/fd") == before

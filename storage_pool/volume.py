@@ -1,0 +1,453 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""One volume: what may be made, making it, opening it, changing its record, removing it.
+
+Invariant: a volume is formatted before it is published; its parent becomes
+INTERNAL before the child exists and LEAF again after the last child is gone,
+so a cut leaves at most an INTERNAL volume without child, which
+:func:`recheck_role` mends.  A volume whose data are being changed by a job is
+ILLEGAL meanwhile, and its generation tells whether the job ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import qcowlib
+from qcowlib.errors import GateDenied, UnsupportedFeature, printable
+from qcowlib.qcow2.create import CreateOptions, create, create_raw
+from qcowlib.units import round_up
+
+from . import metadata_volume as mv
+from .domain import Domain
+from .errors import Illegal, IllegalSpec, IllegalSpecKind, MetadataError, NotFound
+from .ids import BLANK, check_id, is_id
+from .metadata_volume import COW, PREALLOCATED, RAW, SHARED, SPARSE, VolumeMetadata
+from .sizes import PAGE, capacity_for, file_initial_size, lv_size, new_lv_size
+
+if TYPE_CHECKING:
+    from qcowlib.storage.base import Storage
+
+    from .token import SpmToken
+
+__all__ = [
+    "DomainReferences",
+    "VolumeSpec",
+    "check_spec",
+    "children_of",
+    "create_volume",
+    "open_image",
+    "operation",
+    "recheck_role",
+    "remove_volumes",
+    "update_volume",
+]
+
+#: The format of an image file by the format of its volume.
+IMAGE_FORMATS: Final = {COW: "qcow2", RAW: "raw"}
+_FIRST_BYTES: Final = 512
+
+
+class VolumeSpec(NamedTuple):
+    """A volume to be made; sizes in bytes.
+
+    *initial_size* is what is allocated at first on block storage.  With
+    *sequence* ``None`` it follows the parent's.
+    """
+
+    image: str
+    volume: str
+    capacity: int
+    format: str = COW
+    type: str = SPARSE
+    parent: str = BLANK
+    disktype: str = "DATA"
+    description: str = ""
+    initial_size: int | None = None
+    legality: str = mv.LEGAL
+    sequence: int | None = None
+    copy_bitmaps: bool = False
+    new_bitmap: bool = False
+
+
+def check_spec(spec: VolumeSpec, *, block: bool, version: int) -> None:
+    """Refuse a combination of format, type, use and bitmaps that may not be.
+
+    The first broken rule counts, in the order format, format with a parent,
+    disk type, type, bitmaps, raw sparse on block storage.
+
+    Raises: IllegalSpec, whose ``kind`` names the rule.
+    """
+    has_parent = spec.parent != BLANK
+    kinds = IllegalSpecKind
+    if spec.format not in mv.FORMATS:
+        raise IllegalSpec(f"there is no volume format '{printable(spec.format[:40])}'", kind=kinds.FORMAT)
+    if spec.format == RAW and has_parent:
+        raise IllegalSpec("a volume with a parent is COW", kind=kinds.FORMAT)
+    if spec.disktype not in mv.DISK_TYPES:
+        raise IllegalSpec(f"there is no disk type '{printable(spec.disktype[:40])}'", kind=kinds.DISK_TYPE)
+    if spec.type not in mv.TYPES:
+        raise IllegalSpec(f"there is no volume type '{printable(spec.type[:40])}'", kind=kinds.TYPE)
+    if spec.copy_bitmaps or spec.new_bitmap:
+        if version < 4:
+            raise IllegalSpec("bitmaps need domain version 4", kind=kinds.BITMAPS)
+        if spec.format != COW or (spec.copy_bitmaps and not has_parent):
+            raise IllegalSpec("bitmaps are of COW volumes, and copied from a parent", kind=kinds.BITMAPS)
+    if block and spec.format == RAW and spec.type == SPARSE:
+        raise IllegalSpec("on block storage a RAW volume is preallocated", kind=kinds.FORMAT)
+
+
+class DomainReferences:
+    """Opens the backing volumes that images of a domain name.
+
+    A name is the UUID of a volume of the domain, alone or behind
+    ``../<image>/``, as two generations of hosts wrote it; its directory part
+    is not used.  Anything else is refused.
+    """
+
+    __slots__ = ("_domain",)
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+
+    def open(self, kind: str, name: str, owner: str, *, writable: bool, cache: str) -> Storage:
+        """See :class:`qcowlib.gate.References`."""
+        volume = volume_of_name(name)
+        if kind != "backing" or volume is None:
+            raise GateDenied(f"'{printable(name[:120])}' is not the name of a volume", path=owner)
+        return self._domain.open_volume(volume, writable=writable)
+
+
+def volume_of_name(name: str) -> str | None:
+    """Return the volume that a stored backing name means, ``None`` when it means none."""
+    parts = name.split("/")
+    if not is_id(parts[-1]) or any(not (is_id(part) or part in ("..", "images")) for part in parts[:-1]):
+        return None
+    return parts[-1]
+
+
+def _parent_record(domain: Domain, spec: VolumeSpec) -> VolumeMetadata | None:
+    if spec.parent == BLANK:
+        return None
+    parent = domain.record(check_id(spec.parent, "parent UUID"))
+    if parent.legality != mv.LEGAL:
+        raise Illegal(f"the parent {spec.parent} is {parent.legality}", path=domain.name)
+    if parent.image != spec.image and parent.voltype != SHARED:
+        raise Illegal(f"the parent {spec.parent} belongs to another image and is no template", path=domain.name)
+    if capacity_for(spec.capacity) < parent.capacity:
+        raise IllegalSpec(
+            f"a volume of {spec.capacity} bytes on a parent of {parent.capacity}", kind=IllegalSpecKind.SIZE
+        )
+    return parent
+
+
+def create_volume(token: SpmToken, domain: Domain, spec: VolumeSpec, ctime: int) -> VolumeMetadata:
+    """Make a volume and return its record; *ctime* is now, in seconds since 1970.
+
+    Nothing is left of it when an error ends it.
+
+    Raises: IllegalSpec, Illegal, NotFound, AlreadyExists, MetadataError,
+    NoSpace, LvmError, StorageError.
+    """
+    check_spec(spec, block=domain.block, version=domain.metadata.version)
+    if spec.copy_bitmaps or spec.new_bitmap:
+        raise UnsupportedFeature("making bitmaps with a volume is not supported")
+    check_id(spec.image, "image UUID")
+    check_id(spec.volume, "volume UUID")
+    parent = _parent_record(domain, spec)
+    capacity = capacity_for(spec.capacity)
+    initial = round_up(spec.initial_size, PAGE) if spec.initial_size else None
+    if domain.block:
+        size = new_lv_size(capacity, spec.format, spec.type, initial)
+    else:
+        file_initial_size(capacity, spec.format, spec.type, initial)
+        size = 0
+    record = VolumeMetadata(
+        domain=domain.uuid,
+        image=spec.image,
+        parent=spec.parent,
+        # A RAW logical volume holds as much as it has extents for.
+        capacity=lv_size(size) if domain.block and spec.format == RAW else capacity,
+        format=spec.format,
+        type=spec.type,
+        voltype=mv.LEAF,
+        disktype=spec.disktype,
+        description=spec.description.strip(),
+        legality=spec.legality,
+        ctime=ctime,
+        sequence=_sequence(spec, parent),
+    )
+    # What cannot be recorded is refused before anything is made.
+    record.to_bytes(domain.metadata.version)
+    domain.allocate(token, spec.image, spec.volume, size)
+    try:
+        _format(domain, record, spec.volume, parent)
+        if parent is not None:
+            _adopt(token, domain, spec, parent)
+        domain.publish(token, spec.volume, record)
+    except BaseException:
+        domain.abandon(token, spec.image, spec.volume)
+        if parent is not None:
+            recheck_role(token, domain, spec.parent)
+        raise
+    return record
+
+
+def _sequence(spec: VolumeSpec, parent: VolumeMetadata | None) -> int:
+    if spec.sequence is not None:
+        return spec.sequence
+    return parent.sequence + 1 if parent is not None and parent.image == spec.image else 0
+
+
+def _adopt(token: SpmToken, domain: Domain, spec: VolumeSpec, parent: VolumeMetadata) -> None:
+    """Prepare the parent for the child that is about to appear."""
+    if parent.image != spec.image:
+        domain.share(token, spec.parent, spec.image)
+    elif parent.voltype == mv.LEAF:
+        set_role(token, domain, spec.parent, parent, mv.INTERNAL)
+
+
+def set_role(token: SpmToken, domain: Domain, volume: str, record: VolumeMetadata, role: str) -> None:
+    """Write a volume's role, and below version 3 the permission that goes with it."""
+    domain.write_record(token, volume, record._replace(voltype=role))
+    if domain.metadata.version < 3:
+        domain.set_writable(token, [volume], role == mv.LEAF)
+
+
+def _format(domain: Domain, record: VolumeMetadata, volume: str, parent: VolumeMetadata | None) -> None:
+    storage = domain.open_volume(volume, writable=True)
+    try:
+        if record.format == RAW:
+            if domain.block:
+                storage.write(0, [bytes(_FIRST_BYTES)])
+                storage.flush()
+            else:
+                create_raw(storage, record.capacity, preallocation="falloc" if record.type == PREALLOCATED else "off")
+            return
+        create(storage, image_options(domain, record, parent))
+        if record.type == PREALLOCATED and not domain.block:
+            end = round_up(storage.size, PAGE)
+            if end < record.capacity:
+                storage.zero(end, record.capacity - end, allocate=True)
+                storage.flush()
+    finally:
+        storage.close()
+
+
+def image_options(domain: Domain, record: VolumeMetadata, parent: VolumeMetadata | None) -> CreateOptions:
+    """Return how the image of a COW volume is made: version 3 of the format from domain version 4 on."""
+    backing = None if parent is None else record.parent.encode()
+    backing_format = None if parent is None else IMAGE_FORMATS[parent.format].encode()
+    version = 2 if domain.metadata.version < 4 else 3
+    return CreateOptions(size=record.capacity, version=version, backing_file=backing, backing_format=backing_format)
+
+
+# Opening
+
+
+def open_image(
+    domain: Domain, volume: str, *, writable: bool = False, allow_illegal: bool = False, backing: bool = True
+) -> qcowlib.Image:
+    """Open a volume's image with the chain below it.
+
+    Raises: NotFound, Illegal for an ILLEGAL volume unless allowed and for
+    writing to a template, and what :func:`qcowlib.open` raises.
+    """
+    record = domain.record(volume)
+    if record.legality == mv.ILLEGAL and not allow_illegal:
+        raise Illegal(f"the volume {volume} is ILLEGAL", path=domain.name)
+    if writable and record.voltype == SHARED:
+        raise Illegal(f"the volume {volume} is a template", path=domain.name)
+    storage = domain.open_volume(volume, writable=writable)
+    try:
+        return qcowlib.open(
+            storage,
+            "r+" if writable else "r",
+            format=IMAGE_FORMATS.get(record.format, "raw"),
+            references=DomainReferences(domain),
+            backing=backing,
+        )
+    except BaseException:
+        storage.close()
+        raise
+
+
+# Records
+
+
+def records_of(domain: Domain, image: str | None = None) -> dict[str, VolumeMetadata]:
+    """Return the good records of all live volumes, or of those that *image* uses."""
+    found = {}
+    for volume, entry in domain.entries().items():
+        if entry.removed or entry.initializing or (image is not None and image not in entry.images):
+            continue
+        try:
+            found[volume] = domain.record(volume)
+        except (MetadataError, NotFound):
+            continue
+    return found
+
+
+def children_of(domain: Domain, volume: str) -> list[str]:
+    """Return the live volumes whose record or tag names *volume* as parent."""
+    entry = domain.entries().get(check_id(volume, "volume UUID"))
+    if entry is None:
+        raise NotFound(f"there is no volume {volume}", path=domain.name)
+    found = set()
+    for other, told in domain.entries().items():
+        if told.removed or told.initializing or other == volume:
+            continue
+        if told.parent == volume:
+            # A tag may be older than the record, which then decides.
+            try:
+                if domain.record(other).parent == volume:
+                    found.add(other)
+            except (MetadataError, NotFound):
+                found.add(other)
+        elif set(told.images) & set(entry.images):
+            try:
+                if domain.record(other).parent == volume:
+                    found.add(other)
+            except (MetadataError, NotFound):
+                continue
+    return sorted(found)
+
+
+def recheck_role(token: SpmToken, domain: Domain, volume: str) -> None:
+    """Make an INTERNAL volume without children a LEAF again; written only on change."""
+    record = domain.record(volume)
+    if record.voltype == mv.INTERNAL and not children_of(domain, volume):
+        set_role(token, domain, volume, record, mv.LEAF)
+
+
+def update_volume(
+    token: SpmToken,
+    domain: Domain,
+    volume: str,
+    *,
+    legality: str | None = None,
+    description: str | None = None,
+    role: str | None = None,
+    generation: int | None = None,
+    expected_generation: int | None = None,
+) -> VolumeMetadata:
+    """Change a volume's record; its generation becomes *generation* or the next one.
+
+    Raises: Illegal for another generation than expected, for the legality it
+    has already, for another role than SHARED and for making a template of
+    what has a parent or is no leaf.
+    """
+    record = domain.record(volume)
+    if expected_generation is not None and record.generation != expected_generation:
+        raise Illegal(
+            f"the volume {volume} is at generation {record.generation}, not {expected_generation}", path=domain.name
+        )
+    changes: dict[str, object] = {}
+    if legality is not None:
+        if legality not in (mv.LEGAL, mv.ILLEGAL):
+            raise Illegal(f"legality is LEGAL or ILLEGAL, not '{printable(legality[:40])}'")
+        if legality == record.legality:
+            raise Illegal(f"the volume {volume} is {legality} already", path=domain.name)
+        changes["legality"] = legality
+    if role is not None:
+        if role != SHARED or record.voltype != mv.LEAF or not record.is_base:
+            raise Illegal(f"{record.voltype} volume {volume} cannot become {printable(role[:40])}", path=domain.name)
+        changes["voltype"] = SHARED
+    if description is not None:
+        if len(description) > mv.DESCRIPTION_LIMIT:
+            raise Illegal(f"the description has {len(description)} characters, the limit is {mv.DESCRIPTION_LIMIT}")
+        changes["description"] = description.strip()
+    changes["generation"] = mv.next_generation(record.generation) if generation is None else generation
+    changed = record._replace(**changes)  # type: ignore[arg-type]
+    domain.write_record(token, volume, changed)
+    if role is not None and domain.metadata.version < 3:
+        domain.set_writable(token, [volume], False)
+    return changed
+
+
+@contextmanager
+def operation(
+    token: SpmToken, domain: Domain, volume: str, *, generation: int | None = None, illegal: bool = True
+) -> Iterator[VolumeMetadata]:
+    """Change a volume's data inside: ILLEGAL meanwhile, LEGAL and one generation on after.
+
+    When the body fails the volume stays ILLEGAL with its old generation.
+    With *illegal* false only the generation changes.
+
+    Raises: Illegal for another generation than expected, before any change.
+    """
+    record = domain.record(volume)
+    if generation is not None and record.generation != generation:
+        raise Illegal(f"the volume {volume} is at generation {record.generation}, not {generation}", path=domain.name)
+    if illegal:
+        domain.write_record(token, volume, record._replace(legality=mv.ILLEGAL))
+    yield record
+    # One write says both, so nobody sees the one without the other.
+    after = domain.record(volume)
+    legality = mv.LEGAL if illegal else after.legality
+    after = after._replace(legality=legality, generation=mv.next_generation(record.generation))
+    domain.write_record(token, volume, after)
+
+
+# Removal
+
+
+def remove_volumes(
+    token: SpmToken, domain: Domain, image: str, volumes: list[str], *, zero: bool = False, force: bool = False
+) -> None:
+    """Remove volumes of an image; *zero* overwrites their data before they go.
+
+    First they become ILLEGAL, then they disappear in one step, then their
+    space is given back; a cut after the second step is swept as a leftover.
+
+    Raises: Illegal for a template in use and for a volume whose child stays
+    (unless *force*).
+    """
+    going = set(volumes)
+    parents = set()
+    for volume in volumes:
+        record = _removable(domain, volume, going, force)
+        if record is None:
+            continue
+        if record.legality == mv.LEGAL:
+            domain.write_record(token, volume, record._replace(legality=mv.ILLEGAL))
+        parents.add(record.parent)
+    domain.mark_removed(token, image, volumes, zero=zero)
+    if zero:
+        for volume in volumes:
+            _wipe(token, domain, volume)
+    domain.purge(token, image)
+    for parent in parents - going - {BLANK}:
+        try:
+            recheck_role(token, domain, parent)
+        except (NotFound, MetadataError):
+            # The parent is gone or damaged; check tells of it.
+            continue
+
+
+def _removable(domain: Domain, volume: str, going: set[str], force: bool) -> VolumeMetadata | None:
+    try:
+        record = domain.record(volume)
+    except MetadataError:
+        # A volume whose record is damaged can be removed all the same.
+        return None
+    if force:
+        return record
+    staying = set(children_of(domain, volume)) - going
+    if staying:
+        raise Illegal(f"the volume {volume} has children: {', '.join(sorted(staying))}", path=domain.name)
+    if record.voltype == SHARED and len(domain.entries()[volume].images) > 1:
+        raise Illegal(f"the template {volume} is in use", path=domain.name)
+    return record
+
+
+def _wipe(token: SpmToken, domain: Domain, volume: str) -> None:
+    storage = domain.open_volume(volume, writable=True)
+    try:
+        token.check()
+        storage.zero(0, storage.size, allocate=True)
+        storage.flush()
+    finally:
+        storage.close()

@@ -133,6 +133,20 @@ class BlockDomain:
         self._state = None
         self._entries = None
 
+    def _retag(self, volumes: Sequence[str], *, add: Sequence[str], remove: Sequence[str]) -> None:
+        """Change tags by one command; what is known of the group follows without another report."""
+        state = self.state
+        try:
+            self.lvm.change_tags(self._name, list(volumes), add=add, remove=remove)
+        except BaseException:
+            self.changed()
+            raise
+        lvs = dict(state.lvs)
+        for volume in volumes:
+            lvs[volume] = lvs[volume]._replace(tags=(lvs[volume].tags - set(remove)) | set(add))
+        self._state = state._replace(lvs=lvs)
+        self._entries = None
+
     def refresh(self) -> None:
         self.changed()
         self._store.invalidate()
@@ -352,9 +366,8 @@ class BlockDomain:
         token.check()
         if view.version == 0:
             tags = tags[1:]
-        self.lvm.change_tags(self._name, [volume], add=tags, remove=[layout.TAG_INITIALIZING])
+        self._retag([volume], add=tags, remove=[layout.TAG_INITIALIZING])
         self._pending.pop(volume, None)
-        self.changed()
 
     def abandon(self, token: SpmToken, image: str, volume: str) -> None:
         check_id(image, "image UUID")
@@ -400,8 +413,7 @@ class BlockDomain:
         if entry.parent != parent:
             token.check()
             old, new = f"{layout.TAG_PARENT}{entry.parent}", f"{layout.TAG_PARENT}{parent}"
-            self.lvm.change_tags(self._name, [volume], add=[new], remove=[old])
-            self.changed()
+            self._retag([volume], add=[new], remove=[old])
 
     def set_writable(self, token: SpmToken, volumes: Sequence[str], writable: bool) -> None:
         names = [volume for volume in volumes if self.state.lv(volume).writable != writable]
@@ -428,8 +440,7 @@ class BlockDomain:
         token.check()
         old = [f"{layout.TAG_IMAGE}{prefix}{image}" for prefix in ("", layout.REMOVED_PREFIX)]
         new = f"{layout.TAG_IMAGE}{mark}{image}"
-        self.lvm.change_tags(self._name, list(volumes), add=[new], remove=[tag for tag in old if tag != new])
-        self.changed()
+        self._retag(volumes, add=[new], remove=[tag for tag in old if tag != new])
 
     def purge(self, token: SpmToken, image: str) -> None:
         check_id(image, "image UUID")

@@ -137,6 +137,16 @@ cdef class ClusterMap:
         self.l1_size = count
         return 0
 
+    def forget(self):
+        """Drop every L2 table from memory; none may be dirty."""
+        cdef int i
+        if self.dirty_count:
+            raise ValueError("dirty tables cannot be forgotten")
+        for i in range(self.slots_made):
+            if self.slots[i].busy:
+                self.slot_of[self.slots[i].l1_index] = 0
+                self.slots[i].busy = False
+
     def l1_entry(self, uint32_t index):
         """The raw L1 entry."""
         if index >= self.l1_size:
@@ -1057,3 +1067,47 @@ cdef class ChainMap:
             if code:
                 return code
         return 0
+
+
+# -- whole tables as bytes (snapshots) ------------------------------------------------------------------------------
+
+def l2_references(table, unsigned cluster_bits, bint extended, RunList out not None):
+    """Append to *out* the space that an L2 table uses: DATA runs of whole clusters, COMPRESSED entries."""
+    cdef Py_buffer view
+    cdef uint64_t e, offset, i, count
+    cdef unsigned shift = 4 if extended else 3
+    cdef int code = 0
+    PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
+    try:
+        count = view.len >> shift
+        for i in range(count):
+            e = qc_be64(<uint8_t *> view.buf + (i << shift))
+            offset = e & QC_OFFSET_MASK
+            if e & QC_COMPRESSED:
+                code = rv_append(&out.v, RUN_COMPRESSED, 0, 1, e, 0)
+            elif offset:
+                code = rv_append(&out.v, RUN_DATA, offset, 1ULL << cluster_bits, offset, 0)
+            if code < 0:
+                raise MemoryError()
+    finally:
+        PyBuffer_Release(&view)
+
+
+def l2_clear_copied(table, bint extended):
+    """Clear the COPIED flag of every entry of a table in memory; returns whether one was set."""
+    cdef Py_buffer view
+    cdef uint64_t i, count
+    cdef unsigned shift = 4 if extended else 3
+    cdef uint8_t found = 0
+    cdef uint8_t *at
+    PyObject_GetBuffer(table, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    try:
+        count = view.len >> shift
+        for i in range(count):
+            at = <uint8_t *> view.buf + (i << shift)
+            # Big-endian: the flag is the top bit of the first byte; compressed entries never have it.
+            found |= at[0] & 0x80
+            at[0] &= 0x7F
+    finally:
+        PyBuffer_Release(&view)
+    return found != 0

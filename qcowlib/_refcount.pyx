@@ -9,13 +9,15 @@ Invariants: a count in memory is never below the references that storage may
 still show, because callers decrement only what is durably unmapped
 (Invariant: I1, I4); counts never wrap; a dirty block is never evicted.
 """
-from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from qcowlib._ondisk cimport QC_RT_OFFSET_MASK, qc_be64, qc_get_refcount, qc_put64, qc_set_refcount
+from qcowlib._ondisk cimport (
+    QC_COMPRESSED, QC_COPIED, QC_OFFSET_MASK, QC_RT_OFFSET_MASK, qc_be64, qc_get_refcount, qc_put64, qc_set_refcount,
+)
 
 cdef enum:
     OK = 0
@@ -291,6 +293,40 @@ cdef class Refcounts:
             if qc_get_refcount(self.blocks[index].data, cluster & (self.per_block - 1), self.order) == 0:
                 return OK, cluster
             cluster += 1
+
+    def flag_table(self, table, bint extended):
+        """Set COPIED in each uncompressed entry of an L1 or L2 table exactly where the count is one.
+
+        Returns ``(0, changed)`` or ``(NEED, block index)``, after which the call is repeated.
+        """
+        cdef Py_buffer view
+        cdef uint64_t i, count, e, wanted, offset, index
+        cdef unsigned shift = 4 if extended else 3
+        cdef uint8_t *at
+        cdef bint changed = False
+        PyObject_GetBuffer(table, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            count = view.len >> shift
+            for i in range(count):
+                at = <uint8_t *> view.buf + (i << shift)
+                e = qc_be64(at)
+                offset = e & QC_OFFSET_MASK
+                if e & QC_COMPRESSED or offset == 0:
+                    continue
+                index = (offset >> self.cluster_bits) >> self.per_bits
+                wanted = e & ~QC_COPIED
+                if index < self.table_size and self.table[index] & QC_RT_OFFSET_MASK:
+                    if self.blocks[index].data == NULL:
+                        return NEED, index
+                    if qc_get_refcount(self.blocks[index].data, (offset >> self.cluster_bits) & (self.per_block - 1),
+                                       self.order) == 1:
+                        wanted |= QC_COPIED
+                if wanted != e:
+                    qc_put64(at, wanted)
+                    changed = True
+        finally:
+            PyBuffer_Release(&view)
+        return OK, changed
 
     def used_in(self, data):
         """How many counts in the bytes of one block are not zero."""

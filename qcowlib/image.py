@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 from qcowlib.chain import Chain
 from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET, SPARSE, ZERO, Extent, ExtentKind
-from qcowlib.errors import OutOfRange, ReadOnly, UsageError
+from qcowlib.errors import OutOfRange, ReadOnly, UnsupportedFeature, UsageError
 from qcowlib.gate import References, qemu_like
 from qcowlib.native import RunList
 from qcowlib.opening import OpenOptions, open_chain
-from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.qcow2.image import Qcow2Image, read_snapshots
+from qcowlib.qcow2.snapshot import apply_snapshot, create_snapshot, delete_snapshot
+from qcowlib.qcow2.write import Writer
 from qcowlib.runtime import SyncRuntime
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from qcowlib.chain import Layer
+    from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
     from qcowlib.qcow2.create import Preallocation
 
@@ -242,6 +245,33 @@ class Image:
         self._check_open()
         if self.mode == "r+":
             self._runtime.run(self._chain.flush())
+
+    # -- internal snapshots ----------------------------------------------------
+
+    def snapshots(self) -> list[SnapshotEntry]:
+        """Return the internal snapshots, oldest first; empty for raw."""
+        self._check_open()
+        top = self._chain.top
+        return read_snapshots(top.storage, top.header) if isinstance(top, Qcow2Image) else []
+
+    def create_snapshot(self, name: str) -> SnapshotEntry:
+        """Take an internal snapshot of what the guest sees now; durable when this returns."""
+        return self._runtime.run(create_snapshot(self._snapshot_writer(), name))
+
+    def apply_snapshot(self, wanted: str) -> None:
+        """Go back to a snapshot (id, else name), its size too.  The snapshot stays."""
+        self._runtime.run(apply_snapshot(self._snapshot_writer(), wanted, self._chain.refresh))
+
+    def delete_snapshot(self, wanted: str, *, by_id: bool = True) -> None:
+        """Delete a snapshot (id unless *by_id* is false, else the first of that name)."""
+        self._runtime.run(delete_snapshot(self._snapshot_writer(), wanted, by_id=by_id))
+
+    def _snapshot_writer(self) -> Writer:
+        self._check_writable()
+        writer = self._chain.writer
+        if not isinstance(writer, Writer):
+            raise UnsupportedFeature("raw images have no snapshots", path=self.path)
+        return writer
 
     # -- ending ----------------------------------------------------------------
 

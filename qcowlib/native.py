@@ -18,6 +18,8 @@ from qcowlib._cluster import (
     BAD_ZERO_V2,
     ChainMap,
     ClusterMap,
+    l2_clear_copied,
+    l2_references,
 )
 from qcowlib._codec import compress_zstd as codec_compress_zstd
 from qcowlib._codec import decompress as codec_decompress
@@ -88,6 +90,8 @@ __all__ = [
     "fill_entries",
     "first_difference",
     "is_zero",
+    "l2_clear_copied",
+    "l2_references",
     "sector_numbers",
     "xor_into",
     "zero_runs",

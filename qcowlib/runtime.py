@@ -17,6 +17,7 @@ Not here: policy of any kind.  A deterministic runtime for tests is in
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -51,6 +52,9 @@ class Runtime(Protocol):
 
     def queue(self) -> WaitQueue:
         """Return a new queue for waiters."""
+
+    def wall_ns(self) -> int:
+        """Wall-clock time in nanoseconds since 1970."""
 
 
 class _SyncQueue:
@@ -87,6 +91,9 @@ class SyncRuntime:
 
     def queue(self) -> WaitQueue:
         return _SyncQueue(self.lock)
+
+    def wall_ns(self) -> int:
+        return time.time_ns()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Return the coroutine's result; raises what it raises."""
@@ -143,3 +150,6 @@ def cpu_seconds() -> float:
     import time
 
     return time.thread_time()
+
+    def wall_ns(self) -> int:
+        return time.time_ns()

@@ -23,12 +23,12 @@ from qcowlib.ondisk import (
     AUTOCLEAR_MASK,
     CRYPT_NONE,
     HEADER_READ,
-    INCOMPAT_DIRTY,
     MAX_L1_BYTES,
     Header,
     SnapshotEntry,
     header_read_size,
     parse_snapshots,
+    snapshot_table_size,
 )
 from qcowlib.ondisk.snapshots import ShortTable
 from qcowlib.qcow2.grow import Allocator
@@ -236,7 +236,7 @@ class Qcow2Image:
             writeback = Writeback(self.runtime, self.storage, self.data, header, self.cmap, store)
             writeback.chain_map = self.chain_map
             writeback.on_release.append(self.reader.forget)
-            self._guard_metadata(store)
+            await self.runtime.io(self._guard_metadata, store)
             await self._clear_autoclear(writeback)
             self.tables.make_room = writeback.commit
             self.tables.generation = lambda: store.generation
@@ -245,7 +245,7 @@ class Qcow2Image:
             self._started = True
 
     def _guard_metadata(self, store: RefcountStore) -> None:
-        """Tell the map where metadata lies, so that guest data never goes there (I9)."""
+        """Tell the map where metadata lies, so that guest data never goes there (I9); blocking."""
         header, cmap = self.header, self.cmap
         cmap.guard(0, header.cluster_size)
         cmap.guard(header.l1_table_offset, 8 * header.l1_size)
@@ -254,6 +254,10 @@ class Qcow2Image:
             if store.refs.block_offset(index):
                 cmap.guard(store.refs.block_offset(index), header.cluster_size)
         cmap.guard_tables()
+        entries = read_snapshots(self.storage, header)
+        cmap.guard(header.snapshots_offset, snapshot_table_size(entries))
+        for entry in entries:
+            cmap.guard(entry.l1_table_offset, min(8 * entry.l1_size, MAX_L1_BYTES))
 
     async def _clear_autoclear(self, writeback: Writeback) -> None:
         header = self.header
@@ -283,7 +287,4 @@ class Qcow2Image:
         # Released space was only taken back in memory: that must reach storage too.
         await writeback.commit(final=True)
         if writeback.dirty_set:
-            self.header.incompatible_features &= ~INCOMPAT_DIRTY
-            await self.runtime.io(self.storage.write, 72, [self.header.pack_fields()[72:80]])
-            await writeback.barrier()
-            writeback.dirty_set = False
+            await writeback.clear_dirty()

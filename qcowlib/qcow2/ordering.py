@@ -203,6 +203,19 @@ class Writeback:
         await self.barrier()
         self.dirty_set = True
 
+    async def clear_dirty(self) -> None:
+        """Clear the dirty bit: everything counted is on storage."""
+        self.header.incompatible_features &= ~INCOMPAT_DIRTY
+        await self._write(self.storage, 72, self.header.pack_fields()[72:80])
+        await self.barrier()
+        self.dirty_set = False
+
+    async def rewrite(self, writes: list[Write]) -> None:
+        """Rewrite whole tables in place now, durably: only flags that the dirty bit excuses may differ."""
+        if writes:
+            await self._write_all(writes)
+            await self.barrier()
+
     def _collect(self, final: bool) -> _Cut:
         ranks: tuple[list[Write], list[Write], list[Write]] = ([], [], [])
         undo: list[Callable[[], None]] = []

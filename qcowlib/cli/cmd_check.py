@@ -97,9 +97,12 @@ def _one(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes], co
     if storage is None:
         raise Failure("This image format does not support checks", code=NO_CHECKS)
     try:
-        if level is not None:
-            raise Failure("Repair is not supported yet")
-        report = check(storage, limit=_LIMIT)
+        if level is None:
+            report = check(storage, limit=_LIMIT)
+        else:
+            from qcowlib.qcow2.repair import repair
+
+            report = repair(storage, "all" if level == "all" else "leaks", limit=_LIMIT)
     except Error as error:
         raise open_failure(ref.text, error) from None
     finally:

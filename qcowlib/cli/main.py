@@ -32,7 +32,22 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "command_module", "entry", "main"]
 
 #: Subcommands in the order of the help.
-COMMANDS = ("bench", "check", "create", "dd", "info", "map", "resize")
+COMMANDS = (
+    "amend",
+    "bench",
+    "bitmap",
+    "check",
+    "commit",
+    "compare",
+    "create",
+    "dd",
+    "info",
+    "map",
+    "measure",
+    "rebase",
+    "resize",
+    "snapshot",
+)
 
 INTERRUPTED = 130
 

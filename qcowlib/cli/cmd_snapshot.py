@@ -1,0 +1,98 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""``snapshot``: list, create, apply and delete internal snapshots.
+
+Invariant: one action a call; without one nothing happens.
+"""
+
+from __future__ import annotations
+
+from qcowlib.cli import options
+from qcowlib.cli.console import Console, Failure, usage_failure
+from qcowlib.cli.describe import describe, snapshot_table
+from qcowlib.cli.jsonout import pretty
+from qcowlib.cli.names import ImageRef
+from qcowlib.cli.objects import parse_secrets
+from qcowlib.cli.opening import open_failure, open_image, open_storage, tell_lost_bitmaps
+from qcowlib.cli.parser import Args, Command, Option
+from qcowlib.errors import Error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["COMMAND", "run"]
+
+COMMAND = Command(
+    "snapshot",
+    "List or change the internal snapshots of an image.",
+    "FILE",
+    (
+        options.HELP,
+        Option("l", "", "list", "list the snapshots"),
+        Option("a", "", "apply", "go back to this snapshot (id or name)", meta="SNAPSHOT"),
+        Option("c", "", "create", "make a snapshot of this name", meta="NAME"),
+        Option("d", "", "delete", "delete the snapshot of this name", meta="NAME"),
+        options.QUIET,
+        options.OBJECT,
+        options.IMAGE_OPTS,
+        options.FORCE_SHARE,
+        options.OUTPUT_EXTRA,
+    ),
+    "snapshot -c before-upgrade disk.qcow2",
+)
+
+_ACTIONS = ("list", "apply", "create", "delete")
+_FAILED = {
+    "create": "Could not create snapshot",
+    "apply": "Could not apply snapshot",
+    "delete": "Could not delete snapshot",
+}
+
+_RAW = {
+    "create": "-95 (Operation not supported)",
+    "apply": "Block driver does not support snapshots",
+    "delete": "snapshot not found",
+}
+
+
+def run(args: Args, console: Console) -> int:
+    """Run ``snapshot``."""
+    actions = [(name, text) for name, text in args.actions if name in _ACTIONS]
+    if len(actions) > 1:
+        raise usage_failure("Cannot mix '-l', '-a', '-c', '-d'")
+    ref = options.single_image(args)
+    options.wants_json(args)
+    secrets = parse_secrets(args.texts("object"))
+    if not actions or actions[0][0] == "list":
+        _list(ref, args, console, shown=bool(actions))
+    else:
+        _change(ref, args, actions[0], secrets, console)
+    return 0
+
+
+def _list(ref: ImageRef, args: Args, console: Console, *, shown: bool) -> None:
+    file, storage, header = open_storage(ref, force_share=args.flag("force-share"))
+    try:
+        tell_lost_bitmaps(header, console)
+        found = describe(ref, file, storage, header).get("snapshots", [])
+    except Error as error:
+        raise open_failure(ref.text, error) from None
+    finally:
+        file.close()
+    if not isinstance(found, list) or not shown:
+        return
+    if options.wants_json(args):
+        console.out(pretty(found))
+    elif found:
+        console.out("Snapshot list:\n" + snapshot_table(found))
+
+
+def _change(ref: ImageRef, args: Args, action: tuple[str, str], secrets: Mapping[str, bytes], console: Console) -> None:
+    verb, name = action
+    if args.flag("force-share"):
+        raise Failure(f"Could not open '{ref.text}': force-share=on can only be used with read-only images")
+    with open_image(ref, console, secrets=secrets, writable=True) as image:
+        if image.format == "raw":
+            raise Failure(f"{_FAILED[verb]} '{name}': {_RAW[verb]}")
+        raise Failure(f"{_FAILED[verb]} '{name}': not supported yet")

@@ -88,4 +88,4 @@ cdef class ChainMap:
     cdef int resolve_into(self, uint64_t pos, uint64_t length, size_t limit, RunVec *out) noexcept nogil
     cdef bint _plain(self, RunVec *vec) noexcept nogil
     cdef int _write_vec(self, RunVec *vec, const char *buf, uint64_t base, uint64_t *fail) noexcept nogil
-    cdef bint _read_into(self, char *buf, uint64_t length, uint64_t offset)
+    cdef bint _read_into(self, char *buf, uint64_t length, uint64_t offset, bint nowait)

@@ -959,21 +959,21 @@ cdef class ChainMap:
 
     # -- the hit lane --------------------------------------------------------------------------------------------
 
-    def read_hit(self, buffer, uint64_t offset):
+    def read_hit(self, buffer, uint64_t offset, bint nowait=False):
         """Read into *buffer* if all of it is mapped and plain; false when the engine must do it.
 
-        The caller has checked the bounds.
+        With *nowait* only if the page cache has it.  The caller has checked the bounds.
         """
         cdef Py_buffer view
         if not self.fast_read:
             return False
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
-            return self._read_into(<char *> view.buf, view.len, offset)
+            return self._read_into(<char *> view.buf, view.len, offset, nowait)
         finally:
             PyBuffer_Release(&view)
 
-    cdef bint _read_into(self, char *buf, uint64_t length, uint64_t offset):
+    cdef bint _read_into(self, char *buf, uint64_t length, uint64_t offset, bint nowait):
         cdef Run runs[STACK_RUNS]
         cdef RunVec vec
         cdef uint64_t fail = 0
@@ -987,12 +987,12 @@ cdef class ChainMap:
             code = vec.runs[vec.count - 1].guest + vec.runs[vec.count - 1].length != offset + length
         if code == OK and self._plain(&vec):
             if length < SMALL:
-                code = self.fds.read_vec(&vec, buf, offset, &fail)
+                code = self.fds.read_vec(&vec, buf, offset, nowait, &fail)
             else:
                 parity = self.parity
                 self.pins[parity] += 1
                 with nogil:
-                    code = self.fds.read_vec(&vec, buf, offset, &fail)
+                    code = self.fds.read_vec(&vec, buf, offset, nowait, &fail)
                 self.pins[parity] -= 1
         else:
             code = NEED
@@ -1005,7 +1005,7 @@ cdef class ChainMap:
         if not self.fast_read or length == 0 or length > 0x7FFFFFFF:
             return None
         out = PyBytes_FromStringAndSize(NULL, length)
-        return out if self._read_into(PyBytes_AS_STRING(out), length, offset) else None
+        return out if self._read_into(PyBytes_AS_STRING(out), length, offset, False) else None
 
     cdef bint _plain(self, RunVec *vec) noexcept nogil:
         cdef size_t i

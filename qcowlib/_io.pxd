@@ -24,6 +24,6 @@ cdef class LayerFds:
     cdef LayerIo *layers
     cdef int count
     cdef list graveyard
-    cdef int read_vec(self, RunVec *v, char *buf, uint64_t base, uint64_t *fail) noexcept nogil
+    cdef int read_vec(self, RunVec *v, char *buf, uint64_t base, bint nowait, uint64_t *fail) noexcept nogil
     cdef int write_at(self, int layer, uint64_t offset, const char *buf, uint64_t length, uint64_t *fail) noexcept nogil
     cdef int _read_direct(self, RunList runs, char *buf, uint64_t base, uint64_t *fail, int *layer) noexcept nogil

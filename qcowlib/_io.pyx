@@ -23,11 +23,19 @@ from qcowlib._ondisk cimport RUN_COMPRESSED, RUN_DATA
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buf, size_t count, off_t offset)
     ssize_t pwrite(int fd, const void *buf, size_t count, off_t offset)
-    off_t lseek(int fd, off_t offset, int whence)
 
 cdef extern from *:
     """
     #include <sys/stat.h>
+    #include <sys/uio.h>
+    #ifndef RWF_NOWAIT
+    #define RWF_NOWAIT 8
+    #endif
+    /* Only what the page cache has: EAGAIN where the disk would be needed. */
+    static ssize_t qc_pread_nowait(int fd, void *buf, size_t count, off_t offset) {
+        struct iovec v = { buf, count };
+        return preadv2(fd, &v, 1, offset, RWF_NOWAIT);
+    }
     static int64_t qc_regular_size(int fd) {
         struct stat st;
         if (fstat(fd, &st) < 0) return -1;
@@ -35,16 +43,21 @@ cdef extern from *:
     }
     """
     int64_t qc_regular_size(int fd) noexcept nogil
+    ssize_t qc_pread_nowait(int fd, void *buf, size_t count, off_t offset) noexcept nogil
 
 cdef enum:
     SMALL = 65536   # below this a transfer costs less than giving the GIL away
 
 
-cdef int _read_fd(int fd, uint64_t position, char *buf, uint64_t length, uint64_t pad, uint64_t *fail) noexcept nogil:
+cdef int _read_fd(int fd, uint64_t position, char *buf, uint64_t length, uint64_t pad, bint nowait,
+                  uint64_t *fail) noexcept nogil:
     cdef ssize_t got
     cdef int64_t size
     while length:
-        got = pread(fd, buf, length if length < 0x40000000 else 0x40000000, <off_t> position)
+        if nowait:
+            got = qc_pread_nowait(fd, buf, length, <off_t> position)
+        else:
+            got = pread(fd, buf, length if length < 0x40000000 else 0x40000000, <off_t> position)
         if got < 0:
             if errno == EINTR:
                 continue
@@ -83,7 +96,7 @@ cdef int _write_fd(int fd, uint64_t position, const char *buf, uint64_t length, 
 
 
 cdef int _transfer(
-    LayerIo *layer, uint64_t offset, char *buf, uint64_t length, bint write, uint64_t *fail
+    LayerIo *layer, uint64_t offset, char *buf, uint64_t length, bint write, bint nowait, uint64_t *fail
 ) noexcept nogil:
     cdef FdSeg *seg
     cdef int i, code
@@ -101,7 +114,7 @@ cdef int _transfer(
         if write:
             code = _write_fd(seg.fd, seg.position + inside, buf, part, fail)
         else:
-            code = _read_fd(seg.fd, seg.position + inside, buf, part, layer.pad, fail)
+            code = _read_fd(seg.fd, seg.position + inside, buf, part, layer.pad, nowait, fail)
         if code:
             fail[0] = fail[0] - seg.position + seg.start
             return code
@@ -163,7 +176,7 @@ cdef class LayerFds:
         """Whether *layer* may be used through its descriptors."""
         return 0 <= layer < self.count and self.layers[layer].direct != 0
 
-    cdef int read_vec(self, RunVec *v, char *buf, uint64_t base, uint64_t *fail) noexcept nogil:
+    cdef int read_vec(self, RunVec *v, char *buf, uint64_t base, bint nowait, uint64_t *fail) noexcept nogil:
         cdef size_t i
         cdef int code
         cdef Run *run
@@ -173,7 +186,8 @@ cdef class LayerFds:
                 if run.layer < 0 or run.layer >= self.count:
                     fail[0] = run.guest
                     return EINVAL
-                code = _transfer(&self.layers[run.layer], run.host, buf + (run.guest - base), run.length, False, fail)
+                code = _transfer(&self.layers[run.layer], run.host, buf + (run.guest - base), run.length, False,
+                                 nowait, fail)
                 if code:
                     return code
             else:
@@ -183,7 +197,7 @@ cdef class LayerFds:
     cdef int write_at(
         self, int layer, uint64_t offset, const char *buf, uint64_t length, uint64_t *fail
     ) noexcept nogil:
-        return _transfer(&self.layers[layer], offset, <char *> buf, length, True, fail)
+        return _transfer(&self.layers[layer], offset, <char *> buf, length, True, False, fail)
 
     def read_runs(self, RunList runs, buffer, uint64_t base):
         """Fill *buffer* (guest offset *base* at its start) from *runs*.
@@ -238,7 +252,8 @@ cdef class LayerFds:
             if run.kind != RUN_DATA:
                 memset(buf + (run.guest - base), 0, run.length)
             elif run.layer >= 0 and run.layer < self.count and self.layers[run.layer].direct:
-                code = _transfer(&self.layers[run.layer], run.host, buf + (run.guest - base), run.length, False, fail)
+                code = _transfer(&self.layers[run.layer], run.host, buf + (run.guest - base), run.length, False,
+                                 False, fail)
                 if code:
                     layer[0] = run.layer
                     return code

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from qcowlib.chain import MAX_DEPTH, Chain, Layer, probe_format
-from qcowlib.errors import Error, FormatError, ReadOnly, SecretError, UnsupportedFeature, UsageError, printable
+from qcowlib.errors import CorruptImage, Error, FormatError, ReadOnly, SecretError, UsageError, printable
 from qcowlib.gate import References, parse_name, qemu_like
 from qcowlib.ondisk import CRYPT_NONE, Header, SnapshotEntry
 from qcowlib.qcow2.image import Qcow2Image, read_header, read_snapshots
@@ -166,7 +166,12 @@ def _open_qcow2(
 
 def _repair_refcounts(storage: Storage) -> Header:
     """Source: qemu repairs an image with the dirty bit inside a writable open."""
-    raise UnsupportedFeature("the refcounts are stale and must be repaired first", path=storage.name)
+    from qcowlib.qcow2.repair import repair
+
+    report = repair(storage, "all")
+    if report.corruptions or report.check_errors:
+        raise CorruptImage("the refcounts are stale (dirty bit) and could not be repaired", path=storage.name)
+    return read_header(storage, writable=True)
 
 
 def _find_snapshot(storage: Storage, header: Header, wanted: str) -> SnapshotEntry:

@@ -144,12 +144,10 @@ class AsyncioRuntime:
     def queue(self) -> WaitQueue:
         return _AsyncQueue(self.loop)
 
+    def wall_ns(self) -> int:
+        return time.time_ns()
+
 
 def cpu_seconds() -> float:
     """Return the processor time of the calling thread, for calibrations."""
-    import time
-
     return time.thread_time()
-
-    def wall_ns(self) -> int:
-        return time.time_ns()

@@ -87,6 +87,9 @@ class SimRuntime:
     def queue(self) -> _SimQueue:
         return _SimQueue()
 
+    def wall_ns(self) -> int:
+        return 0
+
     async def pause(self) -> None:
         """Let others run; for scenarios."""
         await _Step()

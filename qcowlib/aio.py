@@ -1,0 +1,262 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""The same names for asyncio.
+
+The engine runs on the caller's loop; only blocking storage calls go to the
+loop's executor, one job for each batch of runs.  A read whose mapping is in
+memory and whose bytes are cached costs no task switch when it is small.
+
+Invariant: an image belongs to the loop it was opened on; between two awaits
+nothing else of it runs.  Long jobs (convert, compare, ...) run in one thread
+of the executor with images of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+
+from qcowlib import api
+from qcowlib.chain import Chain
+from qcowlib.driver import Extent
+from qcowlib.errors import ReadOnly, UnsupportedFeature, UsageError
+from qcowlib.gate import References, qemu_like
+from qcowlib.image import CacheMode, check_range, run_extents
+from qcowlib.opening import OpenOptions, open_chain
+from qcowlib.qcow2.image import Qcow2Image, read_snapshots
+from qcowlib.qcow2.snapshot import apply_snapshot, create_snapshot, delete_snapshot
+from qcowlib.qcow2.write import Writer
+from qcowlib.runtime import AsyncioRuntime
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from qcowlib.ondisk import SnapshotEntry
+    from qcowlib.opening import Secrets, Source
+    from qcowlib.qcow2.create import Preallocation
+
+__all__ = ["Image", "open"]
+
+_INLINE = 65536
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Image:
+    """An open image for coroutines; made by :func:`open`.  Methods as :class:`qcowlib.Image`."""
+
+    __slots__ = ("_chain", "_closed", "_map", "mode", "path")
+
+    def __init__(self, chain: Chain, mode: str) -> None:
+        self._chain = chain
+        self._map = chain.map
+        self._closed = False
+        self.mode = mode
+        self.path = chain.top.storage.name
+
+    @property
+    def size(self) -> int:
+        """Guest bytes."""
+        return self._chain.size
+
+    @property
+    def format(self) -> str:
+        """``qcow2`` or ``raw``."""
+        return self._chain.top.format
+
+    @property
+    def cluster_size(self) -> int | None:
+        """Bytes per cluster; ``None`` for raw."""
+        top = self._chain.top
+        return top.cluster_size if isinstance(top, Qcow2Image) else None
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def _check(self, *, writing: bool = False) -> None:
+        if self._closed:
+            raise UsageError("the image is closed", path=self.path)
+        if writing and self.mode != "r+":
+            raise ReadOnly("the image is open for reading", path=self.path)
+
+    async def pread(self, length: int, offset: int) -> bytes:
+        """Return *length* bytes from *offset*, fewer at the end of the image."""
+        self._check()
+        check_range(offset, 0 if offset > self.size else length, max(self.size, offset + max(length, 0)), self.path)
+        buffer = bytearray(max(min(length, self.size - offset), 0))
+        await self._read(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    async def preadinto(self, buffer: WriteableBuffer, offset: int) -> int:
+        """Fill *buffer* from *offset*; returns the bytes read."""
+        self._check()
+        view = memoryview(buffer).cast("B")
+        check_range(offset, 0, max(self.size, offset), self.path)
+        view = view[: max(self.size - offset, 0)]
+        await self._read(view, offset)
+        return len(view)
+
+    async def _read(self, view: memoryview, offset: int) -> None:
+        # Small and cached costs less than a thread's turn; anything else must not hold up the loop.
+        if len(view) > _INLINE or not len(view) or not self._map.read_hit(view, offset, True):
+            await self._chain.read_into(offset, view)
+
+    async def pwrite(self, data: ReadableBuffer, offset: int) -> int:
+        """Write all of *data* at *offset*; durable after the next :meth:`flush`."""
+        self._check(writing=True)
+        view = memoryview(data).cast("B")
+        check_range(offset, len(view), self.size, self.path)
+        if len(view):
+            await self._chain.write(offset, view)
+        return len(view)
+
+    async def zero(self, length: int, offset: int, *, unmap: bool = True) -> None:
+        """Make the range read as zeros."""
+        self._check(writing=True)
+        check_range(offset, length, self.size, self.path)
+        if length:
+            await self._chain.writer.zero(offset, length, unmap=unmap)
+
+    async def discard(self, length: int, offset: int) -> None:
+        """Give whole clusters inside the range back."""
+        self._check(writing=True)
+        check_range(offset, length, self.size, self.path)
+        if length:
+            await self._chain.writer.discard(offset, length)
+
+    async def flush(self) -> None:
+        """Return when everything written before is durable."""
+        self._check()
+        if self.mode == "r+":
+            await self._chain.flush()
+
+    async def resize(self, size: int, *, preallocation: Preallocation = "off", shrink: bool = False) -> None:
+        """Change the virtual size."""
+        self._check(writing=True)
+        await self._chain.resize(size, preallocation=preallocation, shrink=shrink)
+
+    async def extents(self, offset: int = 0, length: int | None = None) -> AsyncIterator[Extent]:
+        """Yield the extents that cover the range, looking up as it goes; neighbours are not merged over look-ups."""
+        self._check()
+        end = self.size if length is None else offset + length
+        check_range(offset, end - offset, self.size, self.path)
+        while offset < end:
+            runs = await self._chain.map_range(offset, end - offset)
+            for extent in run_extents(runs):
+                yield extent
+            offset = runs.end
+
+    # -- internal snapshots ----------------------------------------------------
+
+    async def snapshots(self) -> list[SnapshotEntry]:
+        """Return the internal snapshots; empty for raw."""
+        self._check()
+        top = self._chain.top
+        if not isinstance(top, Qcow2Image):
+            return []
+        return await self._chain.runtime.io(read_snapshots, top.storage, top.header)
+
+    async def create_snapshot(self, name: str) -> SnapshotEntry:
+        """Take an internal snapshot."""
+        return await create_snapshot(self._writer(), name)
+
+    async def apply_snapshot(self, wanted: str) -> None:
+        """Go back to a snapshot (id, else name)."""
+        await apply_snapshot(self._writer(), wanted, self._chain.refresh)
+
+    async def delete_snapshot(self, wanted: str, *, by_id: bool = True) -> None:
+        """Delete a snapshot."""
+        await delete_snapshot(self._writer(), wanted, by_id=by_id)
+
+    def _writer(self) -> Writer:
+        self._check(writing=True)
+        if not isinstance(self._chain.writer, Writer):
+            raise UnsupportedFeature("raw images have no snapshots", path=self.path)
+        return self._chain.writer
+
+    # -- ending ----------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Commit what is left and close every file."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.mode == "r+":
+                await self._chain.top.finish()
+        finally:
+            await self._chain.runtime.io(self._chain.close)
+
+    async def __aenter__(self) -> Image:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+async def open(
+    path: Source,
+    mode: Literal["r", "r+"] = "r",
+    *,
+    format: str | None = None,
+    snapshot: str | None = None,
+    references: References = qemu_like,
+    cache: CacheMode = "writeback",
+    force_share: bool = False,
+    secret: Secrets | None = None,
+    data_file: Source | None = None,
+    backing: bool = True,
+    backing_format: str | None = None,
+    lock: bool = True,
+    discard: Literal["unmap", "ignore"] = "unmap",
+) -> Image:
+    """Open an image on the running loop; arguments as :func:`qcowlib.open`."""
+    if mode not in ("r", "r+"):
+        raise UsageError(f"mode {mode!r} is neither 'r' nor 'r+'")
+    loop = asyncio.get_running_loop()
+    options = OpenOptions(
+        writable=mode == "r+",
+        format=format,
+        snapshot=snapshot,
+        references=references,
+        cache=cache,
+        force_share=force_share,
+        secret=secret,
+        data_file=data_file,
+        backing=backing,
+        backing_format=backing_format,
+        lock=lock,
+        discard=discard,
+    )
+    chain = await loop.run_in_executor(None, functools.partial(open_chain, AsyncioRuntime(loop), path, options))
+    return Image(chain, mode)
+
+
+def _in_thread(function: Callable[P, R]) -> Callable[P, asyncio.Future[R]]:
+    """Return *function* as a call that runs in one thread of the loop's executor."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(None, functools.partial(function, *args, **kwargs))
+
+    return call
+
+
+_JOBS = frozenset(api.__all__) - {"Image", "deny_all", "directories", "open", "qemu_like", "same_directory"}
+
+
+def __getattr__(name: str) -> object:
+    """Jobs of :mod:`qcowlib.api`, awaitable."""
+    if name in _JOBS:
+        return _in_thread(getattr(api, name))
+    raise AttributeError(f"module 'qcowlib.aio' has no attribute {name!r}")

@@ -151,6 +151,8 @@ def _open_qcow2(
     if header.has_data_file:
         data = _open_data_file(storage, header, options, writable)
         opened.append(data)
+        if getattr(data, "identity", data) == getattr(storage, "identity", storage):
+            raise FormatError("the data file is the image itself", path=storage.name)
     cipher = _cipher(storage, header, options) if header.crypt_method != CRYPT_NONE else None
     return Qcow2Image(
         runtime,

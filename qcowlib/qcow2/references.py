@@ -481,6 +481,9 @@ class ReferenceWalk:
                 return
 
     def _log_events(self, log: Log, events: Sequence[Event], owner: str | None, fixing: bool = False) -> None:
+        if log.room <= 0:
+            log.suppressed += len(events)
+            return
         word = "Repairing" if fixing else "ERROR"
         for code, index, value, extra in events:
             kind, text = _TEXTS[code]

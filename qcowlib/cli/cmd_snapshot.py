@@ -13,9 +13,9 @@ from qcowlib.cli.describe import describe, snapshot_table
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import ImageRef
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import open_failure, open_image, open_storage, tell_lost_bitmaps
+from qcowlib.cli.opening import hint_text, open_failure, open_image, open_storage, tell_lost_bitmaps
 from qcowlib.cli.parser import Args, Command, Option
-from qcowlib.errors import Error
+from qcowlib.errors import Error, StorageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,4 +95,21 @@ def _change(ref: ImageRef, args: Args, action: tuple[str, str], secrets: Mapping
     with open_image(ref, console, secrets=secrets, writable=True) as image:
         if image.format == "raw":
             raise Failure(f"{_FAILED[verb]} '{name}': {_RAW[verb]}")
-        raise Failure(f"{_FAILED[verb]} '{name}': not supported yet")
+        try:
+            if verb == "create":
+                image.create_snapshot(name)
+            elif verb == "apply":
+                image.apply_snapshot(name)
+            else:
+                image.delete_snapshot(name, by_id=False)
+        except Error as error:
+            raise Failure(f"{_FAILED[verb]} '{name}': {_cause(verb, error)}", hint=hint_text(error)) from None
+
+
+def _cause(verb: str, error: Error) -> str:
+    if verb == "apply":
+        absent = error.message.startswith("Can't find snapshot")
+        return f"Failed to load snapshot: {'No such file or directory' if absent else error.message}"
+    if isinstance(error, StorageError):
+        return f"-{error.errno} ({error.strerror})" if verb == "create" else str(error.strerror)
+    return error.message

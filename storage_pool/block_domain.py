@@ -422,6 +422,18 @@ class BlockDomain:
             self.lvm.set_writable(self._name, names, writable)
             self.changed()
 
+    def notes(self) -> dict[str, str]:
+        found = {name: layout.note_of(lv.tags) for name, lv in self.state.lvs.items() if is_id(name)}
+        return {name: note for name, note in found.items() if note is not None}
+
+    def set_note(self, token: SpmToken, volume: str, note: str | None) -> None:
+        tags = self.state.lv(check_id(volume, "volume UUID")).tags
+        old = [tag for tag in tags if tag.startswith(layout.TAG_NOTE)]
+        new = [] if note is None else [f"{layout.TAG_NOTE}{layout.check_note(note)}"]
+        if old != new:
+            token.check()
+            self._retag([volume], add=new, remove=[tag for tag in old if tag not in new])
+
     def lease(self, volume: str) -> Lease | None:
         view = self.metadata
         if not layout.has_volume_leases(view.version, view.type):

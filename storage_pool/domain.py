@@ -131,6 +131,12 @@ class Domain(Protocol):
     def purge(self, token: SpmToken, image: str) -> None:
         """Remove what was marked removed of an image."""
 
+    def notes(self) -> dict[str, str]:
+        """Return what is being done to volumes, as it was noted before it began."""
+
+    def set_note(self, token: SpmToken, volume: str, note: str | None) -> None:
+        """Note what is about to be done to a volume, or that it is done.  Other hosts ignore it."""
+
     def lease(self, volume: str) -> Lease | None:
         """Return the lease of a volume, ``None`` where the domain has none."""
 

@@ -116,6 +116,7 @@ class FileDomain:
         self._store = SealedStore(self._read_metadata, self._write_metadata)
         self._listing: dict[str, list[str]] | None = None
         self._data_only: dict[str, str] = {}
+        self._with_note: set[str] = set()
         self._view: DomainMetadata | None = None
 
     # Life
@@ -310,6 +311,7 @@ class FileDomain:
         if self._listing is None:
             images: dict[str, list[str]] = {}
             self._data_only = {}
+            self._with_note = set()
             crowd = {}
             for image in self.image_names():
                 try:
@@ -325,6 +327,8 @@ class FileDomain:
                 for name in names:
                     if is_id(name) and name not in metas:
                         self._data_only[name] = image
+                    elif name.endswith(layout.NOTE_SUFFIX):
+                        self._with_note.add(name.removesuffix(layout.NOTE_SUFFIX))
             for users in images.values():
                 users.sort(key=lambda image: (not is_id(image), crowd[image] != 1, image))
             self._listing = images
@@ -477,6 +481,23 @@ class FileDomain:
             token.check()
             self._root.chmod(self._where(volume), _MODE if writable else _READ_ONLY_MODE)
 
+    def notes(self) -> dict[str, str]:
+        found = {}
+        for volume in set(self.listing()) & self._with_note:
+            data = self._root.read(self._where(volume) + layout.NOTE_SUFFIX, limit=256)
+            found[volume] = data.decode("ascii", "replace")
+        return found
+
+    def set_note(self, token: SpmToken, volume: str, note: str | None) -> None:
+        path = self._where(volume) + layout.NOTE_SUFFIX
+        token.check()
+        if note is None:
+            self._root.unlink(path, missing_ok=True)
+            self._with_note.discard(volume)
+        else:
+            self._root.replace(path, layout.check_note(note).encode())
+            self._with_note.add(volume)
+
     def lease(self, volume: str) -> Lease | None:
         view = self.metadata
         if not layout.has_volume_leases(view.version, view.type):
@@ -531,7 +552,7 @@ class FileDomain:
             for name in sorted(names):
                 path = f"images/{image}/{name}"
                 volume = name.partition(".")[0]
-                if name.endswith(_META + layout.NEW_SUFFIX):
+                if name.endswith(layout.NEW_SUFFIX):
                     found.append(Leftover("new file", path, "a change of a volume that did not end"))
                 elif is_id(name) and name + _META not in names:
                     found.append(Leftover("unfinished volume", path, "a creation or removal that did not end"))

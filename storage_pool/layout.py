@@ -35,9 +35,11 @@ __all__ = [
     "TAG_INITIALIZING",
     "TAG_UNREADY",
     "VolumeTags",
+    "check_note",
     "choose_slot",
     "lease_offset",
     "mount_directory",
+    "note_of",
     "parse_volume_tags",
     "removed_image",
     "slot_offset",
@@ -80,7 +82,12 @@ RESERVED_LEASES: Final = 100
 #: The last slot that has a lease: 2048 areas, the first 101 are not for volumes.
 LAST_SLOT: Final = LEASE_SLOTS - RESERVED_LEASES - 1
 
+#: Our own: what is being done to a volume, so that it can be ended after a cut.
+TAG_NOTE: Final = "NOTE_"
+NOTE_SUFFIX: Final = ".note"
+
 _SLOT: Final = re.compile(r"[0-9]{1,6}")
+_NOTE: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,200}")
 
 
 def special_volumes(version: int, alignment: int = MiB) -> dict[str, int]:
@@ -194,6 +201,18 @@ def slot_of(tags: Iterable[str]) -> int | None:
         if tag.startswith(TAG_SLOT) and _SLOT.fullmatch(tag[len(TAG_SLOT) :]):
             return int(tag[len(TAG_SLOT) :])
     return None
+
+
+def check_note(note: str) -> str:
+    """Return *note* if it can be a tag and a file's content.  Raises: InvalidName."""
+    if not _NOTE.fullmatch(note):
+        raise InvalidName(f"not a note of a volume: '{printable(note[:80])}'")
+    return note
+
+
+def note_of(tags: Iterable[str]) -> str | None:
+    """Return the note among *tags*."""
+    return next((tag[len(TAG_NOTE) :] for tag in sorted(tags) if tag.startswith(TAG_NOTE)), None)
 
 
 def removed_image(name: str) -> str | None:

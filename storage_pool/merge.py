@@ -1,0 +1,211 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Deleting a snapshot: the data of *top* go down into *base*, its parent, and *top* goes.
+
+Steps, each of which may be run again:
+
+1. note "merge:<top>" on base, from then on :func:`recover_merges` ends it
+2. base has room and capacity for top, and becomes ILLEGAL
+3. top's data are written into base
+4. top becomes ILLEGAL
+5. what stood on top stands on base: image, then record, then tag
+6. base becomes LEGAL, one generation on, LEAF if top was the leaf
+7. base gives back space, top is removed, the note is taken away
+
+Invariant: at every cut the disk reads as before: until 5 through top, whose
+data are complete, then through base, which is complete since 3.  Nobody
+opens the disk meanwhile, for base is ILLEGAL.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import qcowlib
+from qcowlib.qcow2.check import check
+from qcowlib.units import MiB
+
+from . import metadata_volume as mv
+from .domain import Domain
+from .errors import Illegal, NotFound
+from .image_group import ImageGroup
+from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
+from .relink import set_backing
+from .sizes import max_size, optimal_cow_size
+from .volume import IMAGE_FORMATS, children_of, open_image, remove_volumes, set_role
+
+if TYPE_CHECKING:
+    from .token import SpmToken
+
+__all__ = ["check_merge", "merge", "recover_merges"]
+
+_NOTE: Final = "merge:"
+_PIECE: Final = 4 * MiB
+
+
+def check_merge(group: ImageGroup, top: str) -> tuple[str, str | None]:
+    """Return base and child (``None`` when top is the leaf) of a merge that may be done.
+
+    Raises: Illegal for shared volumes, ILLEGAL members, and a base with other
+    children; NotFound, MetadataError for a broken chain.
+    """
+    domain = group.domain
+    if top not in group.records:
+        raise NotFound(f"there is no volume {top} in image {group.image}", path=domain.name)
+    chains = [chain for chain in map(group.chain, group.leaves()) if top in chain]
+    if len(chains) != 1:
+        raise Illegal(f"the volume {top} is in {len(chains)} chains", path=domain.name)
+    chain = chains[0]
+    position = chain.index(top)
+    if position + 1 == len(chain):
+        raise Illegal(f"the volume {top} has no parent to merge into", path=domain.name)
+    base, child = chain[position + 1], chain[position - 1] if position else None
+    for volume in (base, top):
+        if group.records[volume].voltype == SHARED:
+            raise Illegal(f"the volume {volume} is a template", path=domain.name)
+    for volume in chain:
+        if group.records[volume].legality != mv.LEGAL:
+            raise Illegal(f"the volume {volume} is {group.records[volume].legality}", path=domain.name)
+    if others := set(children_of(domain, base)) - {top}:
+        raise Illegal(f"the volume {base} has other children: {', '.join(sorted(others))}", path=domain.name)
+    return base, child
+
+
+def merge(token: SpmToken, domain: Domain, image: str, top: str) -> str:
+    """Merge *top* into its parent and remove it; returns the parent.
+
+    The disk must not be in use.  A cut is ended by :func:`recover_merges`.
+
+    Raises: Illegal, NotFound, MetadataError, NoSpace, StorageError.
+    """
+    base, _ = check_merge(ImageGroup.load(domain, image), top)
+    domain.set_note(token, base, f"{_NOTE}{top}")
+    _finish(token, domain, image, base, top)
+    return base
+
+
+def recover_merges(token: SpmToken, domain: Domain) -> list[str]:
+    """End all merges that were cut; returns the volumes that were merged into."""
+    domain.refresh()
+    ended = []
+    for base, note in sorted(domain.notes().items()):
+        if note.startswith(_NOTE):
+            _finish(token, domain, domain.record(base).image, base, note.removeprefix(_NOTE))
+            ended.append(base)
+    return ended
+
+
+def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str) -> None:
+    entry = domain.entries().get(top)
+    if entry is not None and not entry.removed:
+        top_record = domain.record(top)
+        if top_record.legality == mv.LEGAL:
+            _prepare(token, domain, base, top, top_record)
+            _commit(token, domain, base, top)
+            domain.write_record(token, top, top_record._replace(legality=mv.ILLEGAL))
+        _relink(token, domain, base, top)
+    record = domain.record(base)
+    if record.legality == mv.ILLEGAL:
+        remaining = set(children_of(domain, base)) - {top}
+        role = mv.INTERNAL if remaining else mv.LEAF
+        done = record._replace(legality=mv.LEGAL, generation=mv.next_generation(record.generation))
+        set_role(token, domain, base, done, role)
+    _reduce(token, domain, base)
+    if entry is not None and not entry.removed:
+        remove_volumes(token, domain, image, [top], force=True)
+    domain.purge(token, image)
+    domain.set_note(token, base, None)
+
+
+def _prepare(token: SpmToken, domain: Domain, base: str, top: str, top_record: VolumeMetadata) -> None:
+    record = domain.record(base)
+    if record.legality == mv.LEGAL:
+        if domain.metadata.version < 3:
+            domain.set_writable(token, [base], True)
+        record = record._replace(legality=mv.ILLEGAL)
+        domain.write_record(token, base, record)
+    if record.format == RAW:
+        domain.extend(token, base, top_record.capacity)
+        if domain.block and record.capacity < top_record.capacity:
+            # New extents hold what they held; where top has nothing the disk reads zeros.
+            _zero(token, domain, base, record.capacity)
+    elif domain.block:
+        # All of both fits, and never more than such a volume can need.
+        wanted = domain.size_of(base) + domain.size_of(top)
+        domain.extend(token, base, min(wanted, max_size(top_record.capacity, COW, block=True)))
+    if record.capacity < top_record.capacity:
+        domain.write_record(token, base, record._replace(capacity=top_record.capacity))
+
+
+def _zero(token: SpmToken, domain: Domain, volume: str, start: int) -> None:
+    storage = domain.open_volume(volume, writable=True)
+    try:
+        token.check()
+        storage.zero(start, storage.size - start)
+        storage.flush()
+    finally:
+        storage.close()
+
+
+def _commit(token: SpmToken, domain: Domain, base: str, top: str) -> None:
+    """Write what top has into base; again and again is the same as once."""
+    with (
+        open_image(domain, top, backing=False) as source,
+        open_image(domain, base, writable=True, allow_illegal=True) as target,
+    ):
+        if target.format != "raw" and target.size < source.size:
+            token.check()
+            target.resize(source.size)
+        buffer = bytearray(_PIECE)
+        for extent in source.extents():
+            if not extent.present:
+                continue
+            token.check()
+            _copy_extent(source, target, extent.kind, extent.start, extent.length, buffer)
+        target.flush()
+
+
+def _copy_extent(
+    source: qcowlib.Image, target: qcowlib.Image, kind: str, start: int, length: int, buffer: bytearray
+) -> None:
+    if kind in ("zero", "hole"):
+        target.zero(length, start)
+        return
+    view = memoryview(buffer)
+    end = start + length
+    while start < end:
+        piece = view[: min(len(buffer), end - start)]
+        source.preadinto(piece, start)
+        target.pwrite(piece, start)
+        start += len(piece)
+
+
+def _relink(token: SpmToken, domain: Domain, base: str, top: str) -> None:
+    """Let what stands on top stand on base: image first, then record, then tag."""
+    fmt = IMAGE_FORMATS[domain.record(base).format]
+    for child in children_of(domain, top):
+        storage = domain.open_volume(child, writable=True)
+        try:
+            token.check()
+            set_backing(storage, base, fmt)
+        finally:
+            storage.close()
+        domain.write_record(token, child, domain.record(child)._replace(parent=base))
+    for child in children_of(domain, base):
+        domain.set_parent_hint(token, child, base)
+
+
+def _reduce(token: SpmToken, domain: Domain, base: str) -> None:
+    """Give back what an internal volume does not need; not for files and preallocated volumes."""
+    record = domain.record(base)
+    if not domain.block or record.format != COW or record.type != SPARSE or record.voltype == mv.LEAF:
+        return
+    storage = domain.open_volume(base)
+    try:
+        report = check(storage)
+    finally:
+        storage.close()
+    if report.failure or not report.image_end_offset:
+        # The merge is done; space is no reason to undo it.
+        return
+    domain.reduce(token, base, optimal_cow_size(report.image_end_offset, record.capacity, leaf=False))

@@ -2,12 +2,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The synchronous facade: everything that ``import qcowlib`` gives.
 
-Invariant: names only.  What they do is in the module each comes from.
+Invariant: names only.  What they do is in the module each comes from; a job's
+module is imported when the job is first asked for.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qcowlib.gate import deny_all, directories, qemu_like, same_directory
 from qcowlib.image import Image, open
 
-__all__ = ["Image", "deny_all", "directories", "open", "qemu_like", "same_directory"]
+if TYPE_CHECKING:
+    from qcowlib.jobs.convert import convert
+    from qcowlib.jobs.creation import create
+
+__all__ = ["Image", "convert", "create", "deny_all", "directories", "open", "qemu_like", "same_directory"]
+
+_JOBS = {"convert": "convert", "create": "creation"}
+
+
+def __getattr__(name: str) -> object:
+    module = _JOBS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'qcowlib.api' has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"qcowlib.jobs.{module}"), name)
+    globals()[name] = value
+    return value

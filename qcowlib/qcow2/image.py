@@ -168,7 +168,7 @@ class Qcow2Image:
         allocated = allocated_bytes(self.storage)
         if allocated is None or self.data is not self.storage:
             return self.data is not self.storage
-        clusters = self.storage.size >> self.header.cluster_bits
+        clusters = ceil_div(self.storage.size, self.header.cluster_size)
         given = allocated >> self.header.cluster_bits
         threshold = max(given * 10 // 9, given + 2)
         if clusters < threshold:

@@ -7,6 +7,9 @@ Invariant: one action a call; without one nothing happens.
 
 from __future__ import annotations
 
+import errno
+import os
+
 from qcowlib.cli import options
 from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.describe import describe, snapshot_table
@@ -15,7 +18,7 @@ from qcowlib.cli.names import ImageRef
 from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import hint_text, open_failure, open_image, open_storage, tell_lost_bitmaps
 from qcowlib.cli.parser import Args, Command, Option
-from qcowlib.errors import Error, StorageError
+from qcowlib.errors import Error, StorageError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,13 +106,17 @@ def _change(ref: ImageRef, args: Args, action: tuple[str, str], secrets: Mapping
             else:
                 image.delete_snapshot(name, by_id=False)
         except Error as error:
-            raise Failure(f"{_FAILED[verb]} '{name}': {_cause(verb, error)}", hint=hint_text(error)) from None
+            cause = _cause(verb, error, console.prog.startswith("qemu-img"))
+            raise Failure(f"{_FAILED[verb]} '{name}': {cause}", hint=hint_text(error)) from None
 
 
-def _cause(verb: str, error: Error) -> str:
+def _cause(verb: str, error: Error, compatible: bool) -> str:
+    """Return why *verb* failed; qemu-img has a number where we have a sentence."""
     if verb == "apply":
         absent = error.message.startswith("Can't find snapshot")
         return f"Failed to load snapshot: {'No such file or directory' if absent else error.message}"
-    if isinstance(error, StorageError):
-        return f"-{error.errno} ({error.strerror})" if verb == "create" else str(error.strerror)
-    return error.message
+    if verb == "delete":
+        return error.message
+    code = errno.EFBIG if isinstance(error, UsageError) else getattr(error, "errno", None) or errno.EINVAL
+    detail = "" if isinstance(error, StorageError) or compatible else f": {error.message}"
+    return f"-{code} ({os.strerror(code)}){detail}"

@@ -126,15 +126,23 @@ def _string(text: str, position: int) -> tuple[str, int]:
             continue
         escape, position = text[position : position + 1], position + 1
         if escape == "u":
-            digits, position = text[position : position + 4], position + 4
-            try:
-                parts.append(chr(int(digits, 16)))
-            except ValueError:
-                raise JsonError("JSON parse error, invalid hex escape in string") from None
+            code, position = _hex_escape(text, position)
+            if 0xD800 <= code < 0xDC00 and text[position : position + 2] == "\\u":
+                low, after = _hex_escape(text, position + 2)
+                if 0xDC00 <= low < 0xE000:
+                    code, position = 0x10000 + ((code - 0xD800) << 10) + low - 0xDC00, after
+            parts.append(chr(code))
         elif escape in _ESCAPES:
             parts.append(_ESCAPES[escape])
         else:
             raise JsonError("JSON parse error, invalid escape in string")
+
+
+def _hex_escape(text: str, position: int) -> tuple[int, int]:
+    digits = text[position : position + 4]
+    if len(digits) != 4 or any(digit not in "0123456789abcdefABCDEF" for digit in digits):
+        raise JsonError("JSON parse error, invalid hex escape in string")
+    return int(digits, 16), position + 4
 
 
 def _number(text: str, position: int) -> tuple[int, int]:

@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the command has beyond qemu-img: several files, JSON everywhere, help for each command."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from qcowlib.cli.main import COMMANDS
+
+
+def test_several_files_give_a_list(qcow: Any) -> None:
+    for name in ("a", "b"):
+        assert qcow("create", "-q", "-f", "qcow2", name, "1M").status == 0
+    outcome = qcow("info", "--output=json", "a", "b")
+    assert [item["filename"] for item in json.loads(outcome.out)] == ["a", "b"]
+    text = qcow("info", "a", "b").out
+    assert text.count("file format: qcow2") == 2
+
+
+def test_one_bad_file_of_several_does_not_hide_the_others(qcow: Any) -> None:
+    qcow("create", "-q", "-f", "qcow2", "a", "1M")
+    outcome = qcow("info", "nofile", "a")
+    assert outcome.status == 1
+    assert "image: a" in outcome.out
+    assert outcome.err == "qcow: Could not open 'nofile': Could not open 'nofile': No such file or directory\n"
+
+
+def test_check_of_several_files_returns_the_worst(qcow: Any) -> None:
+    qcow("create", "-q", "-f", "qcow2", "a", "1M")
+    qcow("create", "-q", "raw", "1M")
+    assert qcow("check", "a", "a").status == 0
+    assert qcow("check", "a", "raw").status == 63
+    assert qcow("check", "nofile", "a").status == 1
+
+
+def test_create_and_resize_answer_in_json(qcow: Any) -> None:
+    made = qcow("create", "--output=json", "-f", "qcow2", "a", "1M")
+    assert json.loads(made.out) == {"filename": "a", "format": "qcow2", "virtual-size": 1 << 20}
+    grown = qcow("resize", "--output=json", "a", "2M")
+    assert json.loads(grown.out) == {"filename": "a", "virtual-size": 2 << 20}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_options_and_an_example(qcow: Any, command: str) -> None:
+    for flag in ("-h", "--help"):
+        outcome = qcow(command, flag)
+        assert (outcome.status, outcome.err) == (0, "")
+        assert outcome.out.startswith(f"usage: qcow {command} ")
+        assert f"\nExample:\n  qcow {command} " in outcome.out
+        assert "-h, --help" in outcome.out
+
+
+def test_general_help_names_every_command_and_format(qcow: Any) -> None:
+    out = qcow("--help").out
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+    assert "Supported formats: file luks qcow2 raw" in out
+
+
+def test_version_is_two_lines(qcow: Any) -> None:
+    outcome = qcow("--version")
+    assert outcome.status == 0
+    assert len(outcome.out.splitlines()) == 2
+
+
+def test_own_options_do_not_make_prefixes_ambiguous(qcow: Any) -> None:
+    qcow("create", "-q", "-f", "qcow2", "a", "1M")
+    assert qcow("resize", "--p=metadata", "a", "2M").status == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_line_ends_in_a_traceback(qcow: Any, command: str) -> None:
+    for words in ([], ["x"], ["x", "y"], ["x", "y", "z"], ["--object", "secret,id=a,data=b", "x"], ["\udcff", "\0"]):
+        outcome = qcow(command, *words)
+        assert "Traceback" not in outcome.err
+        assert "internal error" not in outcome.err, (command, words, outcome.err)

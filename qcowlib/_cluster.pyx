@@ -934,6 +934,10 @@ cdef class ChainMap:
             raise MemoryError()
         return code, self.need_layer, self.need_l1
 
+    def set_refs(self, Refcounts refs):
+        """Let the hit lane allocate from *refs*, while :attr:`fast_allocate` is set."""
+        self.refs = refs
+
     # -- pins ----------------------------------------------------------------------------------------------------
 
     def pin(self):
@@ -1044,6 +1048,8 @@ cdef class ChainMap:
                     raise MemoryError()
             else:
                 m = <ClusterMap> self.cmaps[0]
+                if self.fast_allocate and self._write_new(m, <const char *> view.buf, view.len, offset):
+                    return True
                 while done < <uint64_t> view.len:
                     if m.plan(offset + done, view.len - done, &host, &part) != WRITE_IN_PLACE:
                         return False
@@ -1057,6 +1063,48 @@ cdef class ChainMap:
         finally:
             rv_free(&vec)
             PyBuffer_Release(&view)
+
+    cdef int _write_new(self, ClusterMap m, const char *buf, uint64_t length, uint64_t offset):
+        """Write into new clusters if that is simple; 1 when it was done.
+
+        Simple: one table that is ours and may become dirty, no bits beside the
+        entry, nothing of the old clusters to keep, space at hand that reads as
+        zeros around the payload.  The entry changes after the write
+        (Invariant: I2); a failed write leaves nothing.
+        """
+        cdef uint64_t host = QC_NO_OFFSET, part = 0, first = 0, got = 0, fail = 0, count, e, i
+        cdef uint64_t inside = offset & (m.cluster_size - 1)
+        cdef uint64_t *entry
+        cdef bint whole
+        if self.refs is None or m.extended or m.has_data_file:
+            return 0
+        if m.plan(offset, length, &host, &part) != WRITE_ALLOCATE or part != length:
+            return 0
+        if m.dirty_count + 2 >= m.slot_count:
+            return 0
+        count = (inside + length + m.cluster_size - 1) >> m.cluster_bits
+        whole = inside == 0 and (length & (m.cluster_size - 1)) == 0
+        if not whole and self.count > 1:
+            return 0
+        entry = m._entry(offset)
+        for i in range(count):
+            e = qc_swap64(entry[i])
+            # Unallocated or zero without space: anything else has bytes to keep or references to drop.
+            if e & ~QC_ZERO:
+                return 0
+        if self.refs.find(count, False, &first, &got) != 0 or got != count:
+            return 0
+        if first < self.refs.high_water and (not whole or m._is_guarded(
+                first << m.cluster_bits, count << m.cluster_bits)):
+            return 0
+        self.refs.take_run(first, got, True)
+        if self.fds.write_at(0, (first << m.cluster_bits) + inside, buf, length, &fail):
+            self.refs.drop_run(first, got)
+            return 0
+        for i in range(count):
+            entry[i] = qc_swap64(((first + i) << m.cluster_bits) | QC_COPIED)
+        m._touch(offset, count)
+        return 1
 
     cdef int _write_vec(self, RunVec *vec, const char *buf, uint64_t base, uint64_t *fail) noexcept nogil:
         cdef size_t i

@@ -25,30 +25,8 @@ cdef enum:
     NO_BLOCK = 2
     RANGE = 3              # a count would leave 0 .. 2**bits - 1
 
-cdef struct Block:
-    uint8_t *data          # NULL: not in memory
-    uint32_t dirty_lo      # bytes storage does not have yet; lo == hi: none
-    uint32_t dirty_hi
-    bint writing           # a copy of it is on the way to storage
-
-
 cdef class Refcounts:
     """All counts of one image; *limit* clean blocks are kept in memory."""
-
-    cdef readonly unsigned cluster_bits
-    cdef readonly unsigned order
-    cdef readonly uint64_t per_block
-    cdef readonly uint64_t table_size
-    cdef readonly uint64_t maximum
-    cdef public uint64_t hint
-    cdef uint64_t *table
-    cdef Block *blocks
-    cdef uint64_t loaded_count
-    cdef uint64_t limit
-    cdef uint64_t hand
-    cdef unsigned per_bits
-    cdef readonly uint64_t table_dirty_lo
-    cdef readonly uint64_t table_dirty_hi
 
     def __cinit__(self, unsigned cluster_bits, unsigned order, table, uint64_t limit):
         cdef Py_buffer view
@@ -243,43 +221,73 @@ cdef class Refcounts:
             if hi > block.dirty_hi:
                 block.dirty_hi = hi
 
+    cdef int find(self, uint64_t count, bint contiguous, uint64_t *first, uint64_t *got) noexcept nogil:
+        """Look for free clusters from the hint upwards; on NEED or NO_BLOCK *first* is the block."""
+        cdef uint64_t cluster = self.hint, index
+        cdef Block *block
+        first[0] = got[0] = 0
+        while got[0] < count:
+            index = cluster >> self.per_bits
+            if index >= self.table_size or (self.table[index] & QC_RT_OFFSET_MASK) == 0:
+                if got[0] and not contiguous:
+                    break
+                first[0] = index
+                return NO_BLOCK
+            block = &self.blocks[index]
+            if block.data == NULL:
+                if got[0] and not contiguous:
+                    break
+                first[0] = index
+                return NEED
+            if qc_get_refcount(block.data, cluster & (self.per_block - 1), self.order) == 0:
+                if got[0] == 0:
+                    first[0] = cluster
+                got[0] += 1
+            elif got[0] and not contiguous:
+                break
+            else:
+                got[0] = 0
+            cluster += 1
+        return OK
+
+    cdef void take_run(self, uint64_t first, uint64_t got, bint move_hint) noexcept nogil:
+        """Give free clusters their first reference."""
+        cdef uint64_t i
+        for i in range(first, first + got):
+            self._set(&self.blocks[i >> self.per_bits], i & (self.per_block - 1), 1)
+        if move_hint:
+            self.hint = first + got
+        if first + got > self.high_water:
+            self.high_water = first + got
+
+    cdef void drop_run(self, uint64_t first, uint64_t got) noexcept nogil:
+        """Take the only reference from clusters that were never published."""
+        cdef uint64_t i
+        for i in range(first, first + got):
+            self._set(&self.blocks[i >> self.per_bits], i & (self.per_block - 1), 0)
+        if first < self.hint:
+            self.hint = first
+
     def allocate(self, uint64_t count, bint contiguous):
         """Find free clusters from the hint upwards and give them one reference.
 
-        Returns ``(0, first, got)`` with ``1 <= got <= count`` (exactly *count*
-        when *contiguous*), or ``(NEED, block, 0)``, or ``(NO_BLOCK, block, 0)``:
-        block *block* must be made before the search can go on.
+        Returns ``(0, first, got, fresh)`` with ``1 <= got <= count`` (exactly
+        *count* when *contiguous*), *fresh* when none of them was ever in use,
+        or ``(NEED, block, 0, False)``, or ``(NO_BLOCK, block, 0, False)``:
+        that block must be made before the search can go on.
         """
-        cdef uint64_t cluster = self.hint, first = 0, got = 0, index, i
-        cdef Block *block
+        cdef uint64_t first = 0, got = 0
+        cdef int code
+        cdef bint fresh
         if count == 0:
             raise ValueError(count)
-        while got < count:
-            index = cluster >> self.per_bits
-            if index >= self.table_size or (self.table[index] & QC_RT_OFFSET_MASK) == 0:
-                if got and not contiguous:
-                    break
-                return NO_BLOCK, index, 0
-            block = &self.blocks[index]
-            if block.data == NULL:
-                if got and not contiguous:
-                    break
-                return NEED, index, 0
-            if qc_get_refcount(block.data, cluster & (self.per_block - 1), self.order) == 0:
-                if got == 0:
-                    first = cluster
-                got += 1
-            elif got and not contiguous:
-                break
-            else:
-                got = 0
-            cluster += 1
-        for i in range(first, first + got):
-            self._set(&self.blocks[i >> self.per_bits], i & (self.per_block - 1), 1)
+        code = self.find(count, contiguous, &first, &got)
+        if code != OK:
+            return code, first, 0, False
+        fresh = first >= self.high_water
         # A contiguous request may have passed smaller gaps: they stay findable.
-        if not contiguous or first == self.hint or count == 1:
-            self.hint = first + got
-        return OK, first, got
+        self.take_run(first, got, not contiguous or first == self.hint or count == 1)
+        return OK, first, got, fresh
 
     def first_free(self, uint64_t cluster):
         """The first cluster from *cluster* on that has no reference: ``(0, cluster)`` or ``(NEED, block)``."""

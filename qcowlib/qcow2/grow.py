@@ -36,16 +36,15 @@ def is_device(storage: Storage) -> bool:
 class Allocator:
     """Gives out host clusters with refcount 1, lowest free place from a moving hint."""
 
-    __slots__ = ("_compressed_at", "_mutex", "_releases", "high_water", "writeback")
+    __slots__ = ("_compressed_at", "_mutex", "_releases", "writeback")
 
     def __init__(self, writeback: Writeback) -> None:
         self.writeback = writeback
         self._compressed_at = 0
         self._releases = 0
         self._mutex = Mutex(writeback.runtime)
-        # First cluster that was never given out nor ever in the file: there a growing file has only zeros.
-        storage = writeback.storage
-        self.high_water = NEVER_FRESH if is_device(storage) else ceil_div(storage.size, writeback.header.cluster_size)
+        storage, size = writeback.storage, writeback.header.cluster_size
+        writeback.refs.high_water = NEVER_FRESH if is_device(storage) else ceil_div(storage.size, size)
 
     async def clusters(self, count: int, *, contiguous: bool = False) -> tuple[int, int, bool]:
         """Allocate up to *count* clusters (exactly, if *contiguous*).
@@ -55,10 +54,8 @@ class Allocator:
         """
         store = self.writeback.store
         while True:
-            code, where, got = store.refs.allocate(count, contiguous)
+            code, where, got, fresh = store.refs.allocate(count, contiguous)
             if code == _OK:
-                fresh = where >= self.high_water
-                self.high_water = max(self.high_water, where + got)
                 offset = where << self.writeback.header.cluster_bits
                 if not fresh:
                     self.writeback.check_overlap(offset, got * self.writeback.header.cluster_size)
@@ -70,7 +67,7 @@ class Allocator:
 
     def lower_water(self, cluster: int) -> None:
         """The file was cut: from *cluster* on it has nothing, so space there reads as zeros again."""
-        self.high_water = cluster
+        self.writeback.refs.high_water = cluster
         self._compressed_at = 0
 
     async def release(self, offset: int, count: int) -> None:
@@ -91,7 +88,8 @@ class Allocator:
         self._guard(cluster, 1)
 
     def _guard(self, cluster: int, count: int) -> None:
-        self.high_water = max(self.high_water, cluster + count)
+        refs = self.writeback.refs
+        refs.high_water = max(refs.high_water, cluster + count)
         header = self.writeback.header
         self.writeback.cmap.guard(cluster << header.cluster_bits, count * header.cluster_size)
 

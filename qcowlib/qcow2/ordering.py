@@ -329,6 +329,8 @@ class Writeback:
             await self.runtime.io(self.storage.flush)
         except StorageError as error:
             self.failed = error
+            if self.chain_map is not None:
+                self.chain_map.fast_write = self.chain_map.fast_allocate = False
             raise
 
     # -- reclaim ---------------------------------------------------------------

@@ -62,7 +62,7 @@ async def resize(
         if not shrink:
             raise UsageError("Use the --shrink option to perform a shrink operation.", path=image.storage.name)
     await image.start_writing()
-    await writer.gate.close()
+    await writer.quiesce()
     try:
         await image.changing.commit()
         if size >= old:
@@ -70,7 +70,7 @@ async def resize(
         else:
             await _shrink(writer, size, refresh)
     finally:
-        writer.gate.open()
+        writer.resume()
 
 
 async def _publish_size(writer: Writer, size: int, refresh: Callable[[], None]) -> None:

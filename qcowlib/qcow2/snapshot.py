@@ -114,19 +114,19 @@ class _Change:
         if image.header.has_data_file:
             raise UnsupportedFeature("an image with an external data file has no internal snapshots", path=_name(image))
         await image.start_writing()
-        await writer.gate.close()
+        await writer.quiesce()
         try:
             entries = await image.runtime.io(read_snapshots, image.storage, image.header)
             await image.changing.commit(final=True)
             # What that released must be counted on storage before tables are walked.
             await image.changing.commit(final=True)
         except BaseException:
-            writer.gate.open()
+            writer.resume()
             raise
         return cls(writer, entries)
 
     def end(self) -> None:
-        self.writer.gate.open()
+        self.writer.resume()
 
     # -- the three changes -----------------------------------------------------
 

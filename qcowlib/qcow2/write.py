@@ -93,6 +93,7 @@ class Writer:
         image = self.image
         await image.start_writing()
         await self.gate.enter()
+        self._set_lane()
         try:
             size = image.cluster_size
             claim = await self.ranges.acquire(round_down(offset, size), round_up(offset + length, size))
@@ -107,6 +108,34 @@ class Writer:
                 self.ranges.release(claim)
         finally:
             self.gate.leave()
+            self._set_lane()
+
+    async def quiesce(self) -> None:
+        """Let no writer in and wait for those inside; the hit lane is closed too.  Ends with :meth:`resume`."""
+        await self.gate.close()
+        self._set_lane()
+
+    def resume(self) -> None:
+        """Let writers in again."""
+        self.gate.open()
+        self._set_lane()
+
+    def _set_lane(self) -> None:
+        """Open or close the compiled lane for writes that need no engine.
+
+        It overwrites in place while nothing structural happens, and allocates
+        while no other writer is inside, since it does not know their ranges.
+        It is closed for images whose writes must be seen (bitmaps) or changed
+        (encryption) on the way.
+        """
+        image = self.image
+        lane = image.chain_map
+        if lane is None:
+            return
+        simple = image.plain and not image.on_change and image.writeback is not None and not self.gate.closed
+        lane.fast_write = simple and image.writeback is not None and image.writeback.failed is None
+        lane.fast_allocate = lane.fast_write and self.gate.pins == 0
+        lane.set_refs(image.writeback.refs if image.writeback is not None else None)
 
     # -- tables ----------------------------------------------------------------
 

@@ -55,6 +55,7 @@ cdef class ClusterMap:
     cdef readonly uint64_t bad_l1
     cdef readonly uint64_t bad_l2
     cdef uint64_t *_entry(self, uint64_t guest) noexcept nogil
+    cdef uint64_t _gap(self, uint64_t pos, uint64_t maxlen) noexcept nogil
     cdef int lookup(self, uint64_t pos, uint64_t maxlen, int *kind, uint64_t *host, uint64_t *length) noexcept nogil
     cdef int _lookup_ext(
         self, uint8_t *table, uint64_t pos, uint64_t maxlen, int *kind, uint64_t *host, uint64_t *length

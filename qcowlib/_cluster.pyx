@@ -406,11 +406,21 @@ cdef class ClusterMap:
             slot.table + (((guest >> self.cluster_bits) & (self.l2_entries - 1)) << self.entry_shift)
         )
 
+    cdef uint64_t _gap(self, uint64_t pos, uint64_t maxlen) noexcept nogil:
+        """Guest bytes from *pos* on, at most *maxlen*, for which L1 has no table."""
+        cdef uint64_t span = 1ULL << (self.cluster_bits + self.l2_bits)
+        cdef uint64_t index = pos >> (self.cluster_bits + self.l2_bits)
+        cdef uint64_t covered = span - (pos & (span - 1))
+        index += 1
+        while covered < maxlen and index < self.l1_size and (self.l1[index] & QC_OFFSET_MASK) == 0:
+            covered += span
+            index += 1
+        return maxlen if index >= self.l1_size or covered > maxlen else covered
+
     cdef int lookup(self, uint64_t pos, uint64_t maxlen, int *kind, uint64_t *host, uint64_t *length) noexcept nogil:
         """One run at *pos*, as long as one table and one kind allow; OK, NEED or CORRUPT."""
         cdef unsigned span_bits = self.cluster_bits + self.l2_bits
         cdef uint64_t index = pos >> span_bits
-        cdef uint64_t span = 1ULL << span_bits
         cdef uint64_t inside, covered, e, offset, expect, step
         cdef uint64_t mask = QC_OFFSET_MASK | QC_ZERO | QC_COMPRESSED
         cdef uint32_t i
@@ -418,15 +428,7 @@ cdef class ClusterMap:
         if index >= self.l1_size or (self.l1[index] & QC_OFFSET_MASK) == 0:
             kind[0] = RUN_HOLE
             host[0] = QC_NO_OFFSET
-            covered = span - (pos & (span - 1))
-            index += 1
-            while covered < maxlen and (index >= self.l1_size or (self.l1[index] & QC_OFFSET_MASK) == 0):
-                if index >= self.l1_size:
-                    covered = maxlen
-                    break
-                covered += span
-                index += 1
-            length[0] = covered if covered < maxlen else maxlen
+            length[0] = self._gap(pos, maxlen)
             return OK
         offset = self.l1[index] & QC_OFFSET_MASK
         if offset & (self.cluster_size - 1):

@@ -15,6 +15,8 @@ import pytest
 import qcowlib
 from qcowlib import aio
 
+pytestmark = pytest.mark.real("qemu-img")
+
 SIZE = 4 << 20
 #: What makes no sense on a loop, or is a building block of jobs, which run in a thread.
 SYNC_ONLY = {"file", "layers", "map", "read_runs", "write_compressed"}

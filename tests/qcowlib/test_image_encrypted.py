@@ -12,6 +12,8 @@ import pytest
 
 import qcowlib
 
+pytestmark = pytest.mark.real("qemu-img", "qemu-io")
+
 SIZE = 1 << 20
 OBJECT = ("--object", "secret,id=key,data=open sesame")
 

@@ -17,6 +17,8 @@ from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
 from qcowlib.testing.recorder import OpLog
 from qcowlib.testing.reference import ReferenceError, RefImage, reference_check, reference_read
 
+pytestmark = pytest.mark.real("qemu-img")
+
 SECTOR = 512
 OPTIONS = ["", "cluster_size=512", "extended_l2=on,cluster_size=16k", "cluster_size=1k,compat=0.10"]
 

@@ -18,6 +18,8 @@ from qcowlib.testing.crash import assert_crash_safe, explore
 from qcowlib.testing.model import GuestModel
 from qcowlib.testing.recorder import OpLog
 
+pytestmark = pytest.mark.real("qemu-img")
+
 SIZE = 512 * 1024
 OPTIONS = [
     "",

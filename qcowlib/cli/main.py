@@ -39,6 +39,7 @@ COMMANDS = (
     "check",
     "commit",
     "compare",
+    "convert",
     "create",
     "dd",
     "info",

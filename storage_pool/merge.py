@@ -21,9 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import qcowlib
 from qcowlib.qcow2.check import check
-from qcowlib.units import MiB
 
 from . import metadata_volume as mv
 from .domain import Domain
@@ -32,7 +30,8 @@ from .image_group import ImageGroup
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
 from .relink import set_backing
 from .sizes import max_size, optimal_cow_size
-from .volume import IMAGE_FORMATS, children_of, open_image, remove_volumes, set_role
+from .transfer import copy_data
+from .volume import IMAGE_FORMATS, children_of, open_image, remove_volumes, set_role, zero_from
 
 if TYPE_CHECKING:
     from .token import SpmToken
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["check_merge", "merge", "recover_merges"]
 
 _NOTE: Final = "merge:"
-_PIECE: Final = 4 * MiB
 
 
 def check_merge(group: ImageGroup, top: str) -> tuple[str, str | None]:
@@ -128,23 +126,13 @@ def _prepare(token: SpmToken, domain: Domain, base: str, top: str, top_record: V
         domain.extend(token, base, top_record.capacity)
         if domain.block and record.capacity < top_record.capacity:
             # New extents hold what they held; where top has nothing the disk reads zeros.
-            _zero(token, domain, base, record.capacity)
+            zero_from(token, domain, base, record.capacity)
     elif domain.block:
         # All of both fits, and never more than such a volume can need.
         wanted = domain.size_of(base) + domain.size_of(top)
         domain.extend(token, base, min(wanted, max_size(top_record.capacity, COW, block=True)))
     if record.capacity < top_record.capacity:
         domain.write_record(token, base, record._replace(capacity=top_record.capacity))
-
-
-def _zero(token: SpmToken, domain: Domain, volume: str, start: int) -> None:
-    storage = domain.open_volume(volume, writable=True)
-    try:
-        token.check()
-        storage.zero(start, storage.size - start)
-        storage.flush()
-    finally:
-        storage.close()
 
 
 def _commit(token: SpmToken, domain: Domain, base: str, top: str) -> None:
@@ -156,28 +144,7 @@ def _commit(token: SpmToken, domain: Domain, base: str, top: str) -> None:
         if target.format != "raw" and target.size < source.size:
             token.check()
             target.resize(source.size)
-        buffer = bytearray(_PIECE)
-        for extent in source.extents():
-            if not extent.present:
-                continue
-            token.check()
-            _copy_extent(source, target, extent.kind, extent.start, extent.length, buffer)
-        target.flush()
-
-
-def _copy_extent(
-    source: qcowlib.Image, target: qcowlib.Image, kind: str, start: int, length: int, buffer: bytearray
-) -> None:
-    if kind in ("zero", "hole"):
-        target.zero(length, start)
-        return
-    view = memoryview(buffer)
-    end = start + length
-    while start < end:
-        piece = view[: min(len(buffer), end - start)]
-        source.preadinto(piece, start)
-        target.pwrite(piece, start)
-        start += len(piece)
+        copy_data(source, target, target_is_zero=False, whole=False, progress=lambda done, total: token.check())
 
 
 def _relink(token: SpmToken, domain: Domain, base: str, top: str) -> None:

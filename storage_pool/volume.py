@@ -38,10 +38,12 @@ __all__ = [
     "check_spec",
     "children_of",
     "create_volume",
+    "extend_capacity",
     "open_image",
     "operation",
     "recheck_role",
     "remove_volumes",
+    "sync_capacity",
     "update_volume",
 ]
 
@@ -391,6 +393,49 @@ def operation(
     domain.write_record(token, volume, after)
 
 
+def extend_capacity(token: SpmToken, domain: Domain, volume: str, capacity: int) -> VolumeMetadata:
+    """Make a leaf's disk larger; space for thin volumes comes when it is written.
+
+    A cut leaves a record below the image's size, which :func:`sync_capacity` mends.
+
+    Raises: Illegal for a volume that is no leaf or ILLEGAL, IllegalSpec for a smaller size.
+    """
+    record = domain.record(volume)
+    if record.voltype != mv.LEAF or record.legality != mv.LEGAL:
+        raise Illegal(f"the volume {volume} is {record.legality} {record.voltype}", path=domain.name)
+    capacity = capacity_for(capacity)
+    if capacity < record.capacity:
+        raise IllegalSpec(f"{capacity} bytes are less than the {record.capacity} it has", kind=IllegalSpecKind.SIZE)
+    if record.format == RAW or record.type == PREALLOCATED:
+        domain.extend(token, volume, capacity)
+    if record.format == RAW:
+        capacity = domain.size_of(volume) if domain.block else capacity
+        start = record.capacity
+        if domain.block and start < capacity:
+            # New extents hold what they held.
+            zero_from(token, domain, volume, start)
+    else:
+        with open_image(domain, volume, writable=True) as image:
+            token.check()
+            image.resize(capacity)
+    record = record._replace(capacity=capacity)
+    domain.write_record(token, volume, record)
+    return record
+
+
+def sync_capacity(token: SpmToken, domain: Domain, volume: str) -> VolumeMetadata:
+    """Correct a record that says less than the image holds; more, and templates, are left alone."""
+    record = domain.record(volume)
+    if record.voltype == SHARED:
+        return record
+    with open_image(domain, volume, allow_illegal=True, backing=False) as image:
+        size = image.size
+    if record.capacity < size:
+        record = record._replace(capacity=size)
+        domain.write_record(token, volume, record)
+    return record
+
+
 # Removal
 
 
@@ -417,7 +462,7 @@ def remove_volumes(
     domain.mark_removed(token, image, volumes, zero=zero)
     if zero:
         for volume in volumes:
-            _wipe(token, domain, volume)
+            zero_from(token, domain, volume, 0, allocate=True)
     domain.purge(token, image)
     for parent in parents - going - {BLANK}:
         try:
@@ -443,11 +488,12 @@ def _removable(domain: Domain, volume: str, going: set[str], force: bool) -> Vol
     return record
 
 
-def _wipe(token: SpmToken, domain: Domain, volume: str) -> None:
+def zero_from(token: SpmToken, domain: Domain, volume: str, start: int, *, allocate: bool = False) -> None:
+    """Overwrite the bytes of a volume from *start* on."""
     storage = domain.open_volume(volume, writable=True)
     try:
         token.check()
-        storage.zero(0, storage.size, allocate=True)
+        storage.zero(start, storage.size - start, allocate=allocate)
         storage.flush()
     finally:
         storage.close()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import images
 import peers
 import pytest
 from scale import Scale
@@ -21,25 +22,25 @@ MiB = 1 << 20
 
 
 @pytest.fixture(scope="session")
-def filled(bench_dir: Path, half_zero: Path) -> Path:
-    """A qcow2 image with all its data in clusters of its own."""
-    path = bench_dir / "filled.qcow2"
-    qcowlib.convert(half_zero, path, source_format="raw", format="qcow2")
+def filled(bench_dir: Path, scale: Scale) -> Path:
+    """A qcow2 image with every cluster in use, half as large as those to copy."""
+    path, raw = bench_dir / "filled.qcow2", bench_dir / "filled.raw"
+    images.dense_raw(raw, scale.copy // 2)
+    qcowlib.convert(raw, path, source_format="raw", format="qcow2")
+    raw.unlink()
     return path
 
 
-def data_offsets(size: int, count: int, seed: int = 4) -> list[int]:
-    """Return *count* random block offsets inside the data of the half zero image."""
+def data_offsets(scale: Scale, count: int, seed: int = 4) -> list[int]:
+    """Return *count* random block offsets in the filled image."""
     chance = random.Random(seed)
-    return [
-        chance.randrange(size // (2 * MiB)) * 2 * MiB + chance.randrange(MiB // BLOCK) * BLOCK for _ in range(count)
-    ]
+    return [chance.randrange(scale.copy // 2 // BLOCK) * BLOCK for _ in range(count)]
 
 
 @pytest.mark.benchmark(group="random read, 4 KiB")
 @pytest.mark.parametrize("who", peers.installed("qcowlib", "libqcow", "dissect", "libnbd"))
 def bench_random_read(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
-    offsets = data_offsets(scale.copy, scale.operations)
+    offsets = data_offsets(scale, scale.operations)
     with peers.reader(who, filled) as read:
 
         def run() -> None:
@@ -64,7 +65,7 @@ def bench_strided_read(
 @pytest.mark.parametrize("who", peers.installed("qcowlib", "qcowlib, 1 thread"))
 def bench_random_read_threads(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
     threads = 4 if who == "qcowlib" else 1
-    parts = [data_offsets(scale.copy, scale.operations // threads, seed) for seed in range(threads)]
+    parts = [data_offsets(scale, scale.operations // threads, seed) for seed in range(threads)]
     with qcowlib.open(filled) as image, ThreadPoolExecutor(threads) as pool:
 
         def part(offsets: list[int]) -> None:
@@ -78,7 +79,7 @@ def bench_random_read_threads(measure: Callable[..., None], filled: Path, scale:
 @pytest.mark.benchmark(group="random write, 4 KiB, mapped")
 @pytest.mark.parametrize("who", peers.installed("qcowlib", "libnbd"))
 def bench_random_write(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
-    offsets = data_offsets(scale.copy, scale.operations)
+    offsets = data_offsets(scale, scale.operations)
     data = b"w" * BLOCK
     if who == "qcowlib":
         opened: Any = qcowlib.open(filled, "r+")
@@ -129,7 +130,7 @@ def bench_allocating_write(
 @pytest.mark.benchmark(group="sequential read, 1 MiB")
 @pytest.mark.parametrize("who", peers.installed("qcowlib", "libqcow", "dissect", "libnbd"))
 def bench_sequential_read(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
-    size = min(scale.copy, 512 * MiB)
+    size = min(scale.copy // 2, 512 * MiB)
     with peers.reader(who, filled) as read:
 
         def run() -> None:

@@ -115,3 +115,11 @@ def half_zero_raw(path: Path, size: int) -> None:
     with open(path, "wb") as file:
         for number in range(size // (2 * MiB)):
             file.write(number.to_bytes(8, "big") + piece[8:] + bytes(MiB))
+
+
+def dense_raw(path: Path, size: int) -> None:
+    """A raw image of *size* bytes without a zero cluster."""
+    piece = random.Random(3).randbytes(MiB)
+    with open(path, "wb") as file:
+        for number in range(size // MiB):
+            file.write(number.to_bytes(8, "big") + piece[8:])

@@ -35,7 +35,6 @@ TARGETS = {
     "map, full": 20.0,
     "check, scattered": 5.0,
     "check, full": 8.0,
-    "measure, full": 20.0,
     "create, preallocation=metadata": 5.0,
     "convert, raw to qcow2": 1.5,
     "convert, qcow2 to raw": 1.4,

@@ -42,6 +42,7 @@ COMMANDS = (
     "convert",
     "create",
     "dd",
+    "demo",
     "info",
     "map",
     "measure",

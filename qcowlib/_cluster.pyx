@@ -15,7 +15,7 @@ they leave this module (Invariant: I9).
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from qcowlib._extent cimport Run, RunList, RunVec, rv_append, rv_free
@@ -221,7 +221,7 @@ cdef class ClusterMap:
     cdef int _take_slot(self) except -2:
         """A free slot number, evicting a clean table; -1 when all are dirty."""
         cdef Slot *slot
-        cdef int tries
+        cdef int _tries
         if self.slots_made < self.slot_count:
             slot = &self.slots[self.slots_made]
             slot.table = <uint8_t *> malloc(self.cluster_size)
@@ -229,7 +229,7 @@ cdef class ClusterMap:
                 raise MemoryError()
             self.slots_made += 1
             return self.slots_made - 1
-        for tries in range(2 * self.slot_count):
+        for _tries in range(2 * self.slot_count):
             self.hand = (self.hand + 1) % self.slot_count
             slot = &self.slots[self.hand]
             if not slot.busy:
@@ -633,7 +633,9 @@ cdef class ClusterMap:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    cdef int _write_class(self, uint64_t e, uint64_t bitmap, uint64_t pos, uint64_t maxlen, uint64_t *host) noexcept nogil:
+    cdef int _write_class(
+        self, uint64_t e, uint64_t bitmap, uint64_t pos, uint64_t maxlen, uint64_t *host
+    ) noexcept nogil:
         """How the cluster at *pos* must be written; *host* is where *pos* lies in it."""
         cdef uint64_t offset = e & QC_OFFSET_MASK
         cdef uint64_t inside = pos & (self.cluster_size - 1)
@@ -648,13 +650,14 @@ cdef class ClusterMap:
         last = inside + maxlen
         if last > self.cluster_size:
             last = self.cluster_size
-        want = ((1ULL << ((last + (1ULL << self.sub_bits) - 1) >> self.sub_bits)) - 1) & ~((1ULL << (inside >> self.sub_bits)) - 1)
+        want = (1ULL << ((last + (1ULL << self.sub_bits) - 1) >> self.sub_bits)) - 1
+        want &= ~((1ULL << (inside >> self.sub_bits)) - 1)
         return WRITE_IN_PLACE if (bitmap & want) == want else WRITE_REUSE
 
     cdef int plan(self, uint64_t pos, uint64_t maxlen, uint64_t *host, uint64_t *length) noexcept nogil:
         """How to write at *pos*, and for how many bytes that holds (host offsets in one piece)."""
         cdef uint64_t *entry = self._entry(pos)
-        cdef uint64_t e, bitmap = 0, here = 0, covered, part
+        cdef uint64_t e, guest, bitmap = 0, here = 0, covered, part
         cdef uint64_t index = pos >> (self.cluster_bits + self.l2_bits)
         cdef uint32_t i
         cdef int action, other
@@ -668,9 +671,9 @@ cdef class ClusterMap:
             if (e & QC_OFFSET_MASK) & (self.cluster_size - 1):
                 self._corrupt(2, e & QC_OFFSET_MASK, index, i)
                 return WRITE_CORRUPT
-            if self.has_data_file and e & (QC_OFFSET_MASK | QC_COPIED) and (
-                e & QC_OFFSET_MASK) != (pos & ~(self.cluster_size - 1)):
-                self._corrupt(5, e & QC_OFFSET_MASK, pos & ~(self.cluster_size - 1), i)
+            guest = pos & ~(self.cluster_size - 1)
+            if self.has_data_file and e & (QC_OFFSET_MASK | QC_COPIED) and (e & QC_OFFSET_MASK) != guest:
+                self._corrupt(5, e & QC_OFFSET_MASK, guest, i)
                 return WRITE_CORRUPT
         host[0] = QC_NO_OFFSET
         action = self._write_class(e, bitmap, pos, maxlen, host)
@@ -735,13 +738,13 @@ cdef class ClusterMap:
         Space that the old entries used goes to *freed*.  The table must be
         loaded and writable and hold all the clusters.
         """
-        cdef uint32_t i
+        cdef uint32_t _i
         cdef uint64_t e, bitmap, valid
         cdef uint64_t *entry = self._entry(guest)
         if entry == NULL or ((guest >> self.cluster_bits) & (self.l2_entries - 1)) + count > self.l2_entries:
             raise LookupError(guest)
         self._touch(guest, count)
-        for i in range(count):
+        for _i in range(count):
             e = qc_swap64(entry[0])
             self._free_old(e, host, &freed.v)
             entry[0] = qc_swap64(host | QC_COPIED)
@@ -763,13 +766,13 @@ cdef class ClusterMap:
 
         With *skip_empty* entries that are unallocated stay so.
         """
-        cdef uint32_t i
+        cdef uint32_t _i
         cdef uint64_t e, place
         cdef uint64_t *entry = self._entry(guest)
         if entry == NULL or ((guest >> self.cluster_bits) & (self.l2_entries - 1)) + count > self.l2_entries:
             raise LookupError(guest)
         self._touch(guest, count)
-        for i in range(count):
+        for _i in range(count):
             e = qc_swap64(entry[0])
             if skip_empty and e == 0 and (not self.extended or entry[1] == 0):
                 entry += 2 if self.extended else 1
@@ -799,12 +802,12 @@ cdef class ClusterMap:
 
     def set_hole(self, uint64_t guest, uint32_t count, RunList freed):
         """Unmap *count* whole clusters: what lies below shows again."""
-        cdef uint32_t i
+        cdef uint32_t _i
         cdef uint64_t *entry = self._entry(guest)
         if entry == NULL or ((guest >> self.cluster_bits) & (self.l2_entries - 1)) + count > self.l2_entries:
             raise LookupError(guest)
         self._touch(guest, count)
-        for i in range(count):
+        for _i in range(count):
             self._free_old(qc_swap64(entry[0]), 0, &freed.v)
             entry[0] = 0
             if self.extended:

@@ -18,7 +18,7 @@ from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import open_image
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.values import parse_decimal, size_option
-from qcowlib.errors import Error
+from qcowlib.errors import Cancelled, Error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -197,7 +197,11 @@ def _send(image: Image, plan: Plan) -> None:
     threads = [threading.Thread(target=work) for _ in range(min(plan.depth, _MAX_THREADS, max(plan.count, 1)) - 1)]
     for thread in threads:
         thread.start()
-    work()
+    try:
+        work()
+    except BaseException:
+        errors.append(Cancelled("interrupted"))  # the threads see it and end
+        raise
     for thread in threads:
         thread.join()
     if errors:

@@ -113,10 +113,19 @@ def _change(ref: ImageRef, args: Args, action: tuple[str, str], secrets: Mapping
 def _cause(verb: str, error: Error, compatible: bool) -> str:
     """Return why *verb* failed; qemu-img has a number where we have a sentence."""
     if verb == "apply":
-        absent = error.message.startswith("Can't find snapshot")
-        return f"Failed to load snapshot: {'No such file or directory' if absent else error.message}"
+        return f"Failed to load snapshot: {_load_error(error, compatible)}"
     if verb == "delete":
         return error.message
     code = errno.EFBIG if isinstance(error, UsageError) else getattr(error, "errno", None) or errno.EINVAL
     detail = "" if isinstance(error, StorageError) or compatible else f": {error.message}"
     return f"-{code} ({os.strerror(code)}){detail}"
+
+
+def _load_error(error: Error, compatible: bool) -> str:
+    if isinstance(error, StorageError):
+        return str(error.strerror)
+    if error.message.startswith("Can't find snapshot"):
+        return os.strerror(errno.ENOENT)
+    if not compatible:
+        return error.message
+    return os.strerror(errno.EFBIG if "too large" in error.message else errno.EINVAL)

@@ -102,3 +102,17 @@ def test_full_output_is_an_error(tmp_path: Path) -> None:
         )
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
+
+
+def test_interrupt_ends_with_130(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[3]
+    assert run("create", "-f", "qcow2", "disk", "1M", cwd=tmp_path).returncode == 0
+    command = [sys.executable, "-m", "qcowlib", "bench", "-c", "2000000000", "-t", "unsafe", "disk"]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    tasks = Path(f"/proc/{process.pid}/task")
+    while len(list(tasks.iterdir())) < 2:  # until its threads run
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (130, b"")

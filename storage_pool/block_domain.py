@@ -28,10 +28,10 @@ from . import layout
 from .domain import Leftover, VolumeEntry
 from .errors import AlreadyExists, Illegal, MetadataError, NotFound
 from .ids import BLANK, check_id, is_id
-from .lease_records import resource_area, write_area
+from .lease_records import SafeleaseTag, lockspace_area, resource_area, write_area
 from .leases import Lease, LeaseArea
 from .lvm import Lv, Lvm, VgState
-from .metadata_domain import DomainMetadata, pack_v1, unpack_v1, v1_slot
+from .metadata_domain import LATEST_VERSION, DomainMetadata, pack_v1, unpack_v1, v1_slot
 from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse
 from .sealed import SealedStore, from_tags, to_tags
 from .xlease import ExternalLease, XleaseVolume
@@ -133,7 +133,7 @@ class BlockDomain:
         self._state = None
         self._entries = None
 
-    def _retag(self, volumes: Sequence[str], *, add: Sequence[str], remove: Sequence[str]) -> None:
+    def retag(self, volumes: Sequence[str], *, add: Sequence[str], remove: Sequence[str]) -> None:
         """Change tags by one command; what is known of the group follows without another report."""
         state = self.state
         try:
@@ -191,6 +191,8 @@ class BlockDomain:
         token.check()
         self._view = None
         self._store.update(changes)
+        if "VERSION" in changes:
+            self.refresh()
 
     @contextmanager
     def special(self, name: str, *, writable: bool = False) -> Iterator[Storage]:
@@ -315,10 +317,11 @@ class BlockDomain:
         self, token: SpmToken, volume: str, record: VolumeMetadata, overrides: Mapping[str, str] | None = None
     ) -> None:
         data = record.to_slot(self.metadata.version, overrides)
-        self._write_slot(token, self.slot_of(volume), data)
+        self.write_slot(token, self.slot_of(volume), data)
 
-    def _write_slot(self, token: SpmToken, slot: int, data: bytes) -> None:
-        offset = layout.slot_offset(slot, self.metadata.version)
+    def write_slot(self, token: SpmToken, slot: int, data: bytes, version: int | None = None) -> None:
+        """Write a slot's bytes, where *version* (the domain's own by default) has it."""
+        offset = layout.slot_offset(slot, self.metadata.version if version is None else version)
         with self.special("metadata", writable=True) as storage:
             token.check()
             storage.write(offset, [data])
@@ -357,17 +360,45 @@ class BlockDomain:
         if slot is None:
             raise NotFound(f"the volume {volume} was not allocated here", path=self._name)
         tags = layout.volume_tags(slot, record.parent, record.image)
-        self._write_slot(token, slot, record.to_slot(view.version))
+        self.write_slot(token, slot, record.to_slot(view.version))
         if layout.has_volume_leases(view.version, view.type):
-            area = resource_area(view.uuid, volume, block_size=view.block_size, alignment=view.alignment)
-            with self.special("leases", writable=True) as storage:
-                token.check()
-                write_area(storage, layout.lease_offset(slot, view.alignment), area)
+            self.make_lease(token, volume)
         token.check()
         if view.version == 0:
             tags = tags[1:]
-        self._retag([volume], add=tags, remove=[layout.TAG_INITIALIZING])
+        self.retag([volume], add=tags, remove=[layout.TAG_INITIALIZING])
         self._pending.pop(volume, None)
+
+    def make_lease(self, token: SpmToken, volume: str) -> None:
+        view = self.metadata
+        area = resource_area(view.uuid, volume, block_size=view.block_size, alignment=view.alignment)
+        with self.special("leases", writable=True) as storage:
+            token.check()
+            write_area(storage, layout.lease_offset(self.slot_of(volume), view.alignment), area)
+
+    def make_lock(self, token: SpmToken, version: int) -> None:
+        view = self.metadata
+        geometry = {"block_size": view.block_size, "alignment": view.alignment}
+        with self.special("leases", writable=True) as leases:
+            token.check()
+            if version < 3:
+                write_area(leases, 0, SafeleaseTag(None).pack())
+                return
+            with self.special("ids", writable=True) as ids:
+                write_area(ids, 0, lockspace_area(view.uuid, **geometry))
+            write_area(leases, view.alignment, resource_area(view.uuid, "SDM", **geometry))
+
+    def make_xleases(self, token: SpmToken, ctime: int) -> None:
+        view = self.metadata
+        if "xleases" not in self.state.lvs:
+            token.check()
+            mib = layout.special_volumes(LATEST_VERSION, view.alignment)["xleases"]
+            self.lvm.create_volume(self._name, "xleases", mib, [])
+            self.changed()
+        with self.special("xleases", writable=True) as storage:
+            token.check()
+            volume = XleaseVolume(storage, path=storage.name, block_size=view.block_size, alignment=view.alignment)
+            volume.format(view.uuid, ctime)
 
     def abandon(self, token: SpmToken, image: str, volume: str) -> None:
         check_id(image, "image UUID")
@@ -413,7 +444,7 @@ class BlockDomain:
         if entry.parent != parent:
             token.check()
             old, new = f"{layout.TAG_PARENT}{entry.parent}", f"{layout.TAG_PARENT}{parent}"
-            self._retag([volume], add=[new], remove=[old])
+            self.retag([volume], add=[new], remove=[old])
 
     def set_writable(self, token: SpmToken, volumes: Sequence[str], writable: bool) -> None:
         names = [volume for volume in volumes if self.state.lv(volume).writable != writable]
@@ -432,7 +463,7 @@ class BlockDomain:
         new = [] if note is None else [f"{layout.TAG_NOTE}{layout.check_note(note)}"]
         if old != new:
             token.check()
-            self._retag([volume], add=new, remove=[tag for tag in old if tag not in new])
+            self.retag([volume], add=new, remove=[tag for tag in old if tag not in new])
 
     def lease(self, volume: str) -> Lease | None:
         view = self.metadata
@@ -452,7 +483,7 @@ class BlockDomain:
         token.check()
         old = [f"{layout.TAG_IMAGE}{prefix}{image}" for prefix in ("", layout.REMOVED_PREFIX)]
         new = f"{layout.TAG_IMAGE}{mark}{image}"
-        self._retag(volumes, add=[new], remove=[tag for tag in old if tag != new])
+        self.retag(volumes, add=[new], remove=[tag for tag in old if tag != new])
 
     def purge(self, token: SpmToken, image: str) -> None:
         check_id(image, "image UUID")
@@ -470,7 +501,7 @@ class BlockDomain:
         # zeros for an empty record.  No volume has got the slot yet.
         for entry in gone:
             if entry.slot is not None:
-                self._write_slot(token, entry.slot, bytes(RECORD_SIZE))
+                self.write_slot(token, entry.slot, bytes(RECORD_SIZE))
 
     def leftovers(self) -> list[Leftover]:
         found = []

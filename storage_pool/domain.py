@@ -137,6 +137,15 @@ class Domain(Protocol):
     def set_note(self, token: SpmToken, volume: str, note: str | None) -> None:
         """Note what is about to be done to a volume, or that it is done.  Other hosts ignore it."""
 
+    def make_lease(self, token: SpmToken, volume: str) -> None:
+        """Write a volume's lease anew, free.  Nobody may hold it."""
+
+    def make_lock(self, token: SpmToken, version: int) -> None:
+        """Write the domain's lock as *version* has it, free."""
+
+    def make_xleases(self, token: SpmToken, ctime: int) -> None:
+        """Make the volume of external leases, without any; *ctime* is now, in seconds since 1970."""
+
     def lease(self, volume: str) -> Lease | None:
         """Return the lease of a volume, ``None`` where the domain has none."""
 

@@ -14,14 +14,12 @@ images is one set of files with links in each image directory.
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from qcowlib.errors import GateDenied, StorageError
+from qcowlib.errors import GateDenied
 
 from . import layout
 from .domain import Leftover, VolumeEntry
@@ -31,7 +29,7 @@ from .lease_records import SafeleaseTag, lockspace_area, read_leader, resource_a
 from .leases import Lease, LeaseArea
 from .metadata_domain import BACKUP, BLOCK_TYPES, DATA, ISO, DomainMetadata, new_domain_values
 from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse
-from .rooted import Rooted
+from .rooted import Rooted, detect_block_size
 from .sealed import SealedStore, from_lines, split_lines, to_lines
 from .sizes import sanlock_alignment
 from .xlease import ExternalLease, XleaseVolume
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 
     from .token import SpmToken
 
-__all__ = ["FileDomain", "detect_block_size", "discover"]
+__all__ = ["FileDomain", "discover"]
 
 _METADATA: Final = "dom_md/metadata"
 _META: Final = layout.META_SUFFIX
@@ -49,7 +47,6 @@ _LEASE: Final = layout.LEASE_SUFFIX
 _REMOVED: Final = layout.REMOVED_PREFIX
 _MODE: Final = 0o660
 _READ_ONLY_MODE: Final = 0o440
-_DOMAIN_NAME: Final = re.compile(r"[^/]*-[^/]*-[^/]*-[^/]*-[^/]*")
 
 
 def discover(mount: str) -> list[str]:
@@ -70,39 +67,6 @@ def discover(mount: str) -> list[str]:
     finally:
         root.close()
     return found
-
-
-def detect_block_size(directory: str) -> int | None:
-    """Return the smallest direct write that *directory* accepts, 512 or 4096.
-
-    ``None`` where it does no direct I/O at all.
-    """
-    path = f"{directory}/__block_size_probe__"
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            # Some systems make the file before they find that they cannot.
-            if os.path.lexists(path):
-                os.unlink(path)  # noqa: PTH108
-            return None
-        raise StorageError.from_os(error, path=path, operation="open") from error
-    try:
-        import mmap
-
-        page = mmap.mmap(-1, 4096)
-        for size in (512, 4096):
-            try:
-                os.pwrite(fd, memoryview(page)[:size], 0)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise StorageError.from_os(error, path=path, operation="write") from error
-            else:
-                return size
-        return None
-    finally:
-        os.close(fd)
-        os.unlink(path)  # noqa: PTH108
 
 
 class FileDomain:
@@ -215,9 +179,24 @@ class FileDomain:
         self._initialise_lock(view)
         root.replace(_METADATA, self._text(values))
 
+    def _make_xleases(self, view: DomainMetadata, ctime: int) -> None:
+        if not self._root.exists("dom_md/xleases"):
+            self._root.create("dom_md/xleases")
+        with self._root.open("dom_md/xleases", writable=True) as storage:
+            volume = XleaseVolume(storage, path=storage.name, block_size=view.block_size, alignment=view.alignment)
+            volume.format(view.uuid, ctime)
+
+    def make_xleases(self, token: SpmToken, ctime: int) -> None:
+        token.check()
+        self._make_xleases(self.metadata, ctime)
+
     def _make_master_tree(self) -> None:
         for name in (layout.MASTER_DIR, "master/tasks", "master/vms"):
             self._root.make_directory(name, exist_ok=True)
+
+    def make_lock(self, token: SpmToken, version: int) -> None:
+        token.check()
+        self._initialise_lock(DomainMetadata({**self.metadata.raw, "VERSION": str(version)}))
 
     def _initialise_lock(self, view: DomainMetadata) -> None:
         if view.type == "LOCALFS" and view.version >= 3:
@@ -291,6 +270,8 @@ class FileDomain:
         token.check()
         self._view = None
         self._store.update(changes)
+        if "VERSION" in changes:
+            self.refresh()
 
     def become_master(self, token: SpmToken) -> None:
         """Make the directories that a master domain has."""
@@ -416,16 +397,25 @@ class FileDomain:
         view = self.metadata
         data = record.to_bytes(view.version)
         path = self._where(volume)
-        token.check()
         if layout.has_volume_leases(view.version, view.type):
-            self._root.unlink(path + _LEASE, missing_ok=True)
-            self._root.create(path + _LEASE, mode=_MODE)
-            area = resource_area(view.uuid, volume, block_size=view.block_size, alignment=view.alignment)
-            with self._root.open(path + _LEASE, writable=True) as storage:
-                write_area(storage, 0, area)
+            self.make_lease(token, volume)
         token.check()
         self._root.replace(path + _META, data)
         self._listing = None
+
+    def make_lease(self, token: SpmToken, volume: str) -> None:
+        view = self.metadata
+        path = self._where(volume) + _LEASE
+        area = resource_area(view.uuid, volume, block_size=view.block_size, alignment=view.alignment)
+        token.check()
+        if not self._root.exists(path):
+            self._root.create(path, mode=_MODE)
+        with self._root.open(path, writable=True) as storage:
+            write_area(storage, 0, area)
+        for image in self.listing().get(volume, [])[1:]:
+            other = f"images/{image}/{volume}{_LEASE}"
+            self._root.unlink(other, missing_ok=True)
+            self._root.link(path, other)
 
     def abandon(self, token: SpmToken, image: str, volume: str) -> None:
         check_id(image, "image UUID")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from qcowlib.storage.file import FileStorage, open_beneath
 
 from .errors import AlreadyExists, InvalidName, MetadataError, NotFound, printable
 
-__all__ = ["Rooted"]
+__all__ = ["Rooted", "detect_block_size"]
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: No file that is read whole is longer; a domain's text is some hundred bytes.
@@ -35,6 +36,37 @@ def _parts(path: str) -> list[str]:
         if part in ("", ".", "..") or "\0" in part:
             raise InvalidName(f"not a path inside the domain: '{printable(path[:160])}'")
     return parts
+
+
+def detect_block_size(directory: str) -> int | None:
+    """Return the smallest direct write that *directory* accepts, 512 or 4096.
+
+    ``None`` where it does no direct I/O at all.
+    """
+    path = f"{directory}/__block_size_probe__"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            # Some systems make the file before they find that they cannot.
+            if os.path.lexists(path):
+                os.unlink(path)  # noqa: PTH108
+            return None
+        raise StorageError.from_os(error, path=path, operation="open") from error
+    try:
+        page = mmap.mmap(-1, 4096)
+        for size in (512, 4096):
+            try:
+                os.pwrite(fd, memoryview(page)[:size], 0)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise StorageError.from_os(error, path=path, operation="write") from error
+            else:
+                return size
+        return None
+    finally:
+        os.close(fd)
+        os.unlink(path)  # noqa: PTH108
 
 
 class Rooted:

@@ -25,7 +25,8 @@ from qcowlib.errors import ReadOnly, UnsupportedFeature, UsageError
 from qcowlib.gate import References, qemu_like
 from qcowlib.image import CacheMode, check_range, run_extents
 from qcowlib.opening import OpenOptions, open_chain
-from qcowlib.qcow2.image import Qcow2Image, read_snapshots
+from qcowlib.qcow2.directories import read_snapshots
+from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.qcow2.snapshot import apply_snapshot, create_snapshot, delete_snapshot
 from qcowlib.qcow2.write import Writer
 from qcowlib.runtime import AsyncioRuntime
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from qcowlib.info import ImageInfo
     from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
+    from qcowlib.qcow2.check import Report
     from qcowlib.qcow2.create import Preallocation
 
 __all__ = ["Image", "open"]
@@ -152,6 +155,25 @@ class Image:
             for extent in run_extents(runs):
                 yield extent
             offset = runs.end
+
+    async def info(self) -> ImageInfo:
+        """Return what the image says about itself."""
+        from qcowlib.info import image_info
+
+        self._check()
+        top = self._chain.top
+        header = top.header if isinstance(top, Qcow2Image) else None
+        return await self._chain.runtime.io(image_info, top.storage, header)
+
+    async def check(self, *, repair: Literal["leaks", "all"] | None = None) -> Report:
+        """Check the metadata of the top layer, or repair it."""
+        from qcowlib.qcow2.inplace import check_open
+
+        self._check(writing=repair is not None)
+        top, writer = self._chain.top, self._chain.writer
+        if not isinstance(top, Qcow2Image) or not isinstance(writer, Writer):
+            raise UnsupportedFeature("This image format does not support checks", path=self.path)
+        return await check_open(top, writer, repair)
 
     # -- internal snapshots ----------------------------------------------------
 

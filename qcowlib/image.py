@@ -18,7 +18,8 @@ from qcowlib.errors import OutOfRange, ReadOnly, UnsupportedFeature, UsageError
 from qcowlib.gate import References, qemu_like
 from qcowlib.native import RunList
 from qcowlib.opening import OpenOptions, open_chain
-from qcowlib.qcow2.image import Qcow2Image, read_snapshots
+from qcowlib.qcow2.directories import read_snapshots
+from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.qcow2.snapshot import apply_snapshot, create_snapshot, delete_snapshot
 from qcowlib.qcow2.write import Writer
 from qcowlib.runtime import SyncRuntime
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from qcowlib.chain import Layer
+    from qcowlib.info import ImageInfo
     from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
+    from qcowlib.qcow2.check import Report
     from qcowlib.qcow2.create import Preallocation
 
 __all__ = ["CacheMode", "Image", "check_range", "open", "run_extents"]
@@ -245,6 +248,36 @@ class Image:
         self._check_open()
         if self.mode == "r+":
             self._runtime.run(self._chain.flush())
+
+    # -- judging ---------------------------------------------------------------
+
+    def info(self) -> ImageInfo:
+        """Return what the image says about itself; opens nothing else."""
+        from qcowlib.info import image_info
+
+        self._check_open()
+        top = self._chain.top
+        return image_info(top.storage, top.header if isinstance(top, Qcow2Image) else None)
+
+    def check(self, *, repair: Literal["leaks", "all"] | None = None) -> Report:
+        """Check the metadata of the top layer; *repair* mends leaks, or all that can be mended.
+
+        Writes that are not flushed are flushed first.  Raises
+        UnsupportedFeature for raw, ReadOnly for a repair of an image opened
+        for reading.
+        """
+        from qcowlib.qcow2.inplace import check_open
+
+        top = self._chain.top
+        self._check_open()
+        if not isinstance(top, Qcow2Image):
+            raise UnsupportedFeature("This image format does not support checks", path=self.path)
+        if repair is not None:
+            self._check_writable()
+        writer = self._chain.writer
+        if not isinstance(writer, Writer):
+            raise UnsupportedFeature("This image format does not support checks", path=self.path)
+        return self._runtime.run(check_open(top, writer, repair))
 
     # -- internal snapshots ----------------------------------------------------
 

@@ -18,7 +18,8 @@ from qcowlib.chain import MAX_DEPTH, Chain, Layer, probe_format
 from qcowlib.errors import CorruptImage, Error, FormatError, ReadOnly, SecretError, UsageError, printable
 from qcowlib.gate import References, parse_name, qemu_like
 from qcowlib.ondisk import CRYPT_NONE, Header, SnapshotEntry
-from qcowlib.qcow2.image import Qcow2Image, read_header, read_snapshots
+from qcowlib.qcow2.directories import read_header, read_snapshots
+from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.qcow2.tables import CACHE_BYTES, MIN_CACHE_BYTES
 from qcowlib.raw import RawImage
 from qcowlib.storage.file import FileStorage

@@ -11,8 +11,9 @@ from qcowlib.cli import creation, options
 from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.names import ImageRef, image_ref
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import full_backing_name, open_image
+from qcowlib.cli.opening import open_image
 from qcowlib.cli.parser import Args, Command, Option
+from qcowlib.info import full_backing_name
 
 __all__ = ["COMMAND", "run"]
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, TypeVar
 from qcowlib.cli.console import Failure
 from qcowlib.cli.encryption import encryption_of, luks_area
 from qcowlib.cli.names import image_ref, strip_protocol
-from qcowlib.cli.opening import full_backing_name, hint_text, open_storage
+from qcowlib.cli.opening import hint_text, open_storage
 from qcowlib.errors import Error, StorageError
+from qcowlib.info import full_backing_name
 from qcowlib.ondisk import COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from qcowlib.qcow2.create import CreateOptions, Preallocation, create_raw
 from qcowlib.qcow2.create import create as create_qcow2

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    Json = None | bool | int | str | Sequence["Json"] | Mapping[str, "Json"]
+    from qcowlib.info import Json as Json
 
 __all__ = ["compact", "human", "ordered", "pretty"]
 

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
 
 __all__ = [
-    "full_backing_name",
     "hint_text",
-    "is_plain_path",
     "open_failure",
     "open_image",
     "open_storage",
@@ -123,20 +121,6 @@ def read_header(storage: Storage, fmt: str | None) -> Header | None:
     return Header.parse(bytes(data), size, path=storage.name, no_io=True)
 
 
-def is_plain_path(name: str) -> bool:
-    """Return whether *name* is a path and not ``protocol:rest``."""
-    colon = name.find(":")
-    return colon < 0 or "/" in name[:colon]
-
-
-def full_backing_name(path: str, backing: str) -> str:
-    """Return *backing* as seen from the image in *path* that names it."""
-    if not is_plain_path(backing) or backing.startswith("/"):
-        return backing
-    slash = path.rfind("/")
-    return path[: slash + 1] + backing
-
-
 def tell_lost_bitmaps(header: Header | None, console: Console) -> None:
     """Warn if the image has bitmaps that can no longer be trusted."""
     if header is not None and header.bitmaps is not None and not header.bitmaps_valid:
@@ -198,6 +182,7 @@ def check_backing(ref: ImageRef, header: Header) -> None:
     if not header.backing_file:
         return
     from qcowlib.image import open as open_any
+    from qcowlib.info import full_backing_name
 
     full = full_backing_name(ref.path, header.backing_file.decode("utf-8", "surrogateescape"))
     fmt = header.backing_format.decode("utf-8", "surrogateescape") if header.backing_format else None

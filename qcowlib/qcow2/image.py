@@ -22,58 +22,28 @@ from qcowlib.ondisk import (
     AUTOCLEAR_BITMAPS,
     AUTOCLEAR_MASK,
     CRYPT_NONE,
-    HEADER_READ,
     MAX_L1_BYTES,
     Header,
     SnapshotEntry,
-    header_read_size,
-    parse_snapshots,
     snapshot_table_size,
 )
-from qcowlib.ondisk.snapshots import ShortTable
+from qcowlib.qcow2.directories import read_header, read_snapshots
 from qcowlib.qcow2.grow import Allocator
 from qcowlib.qcow2.ordering import Mutex, Writeback
 from qcowlib.qcow2.read import Cipher, LayerReader
 from qcowlib.qcow2.refcounts import RefcountStore
 from qcowlib.qcow2.tables import CACHE_BYTES, L2Tables, make_map
-from qcowlib.units import KiB, ceil_div
+from qcowlib.units import ceil_div
 
 if TYPE_CHECKING:
     from qcowlib.native import ChainMap, ClusterMap
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
 
-__all__ = ["Qcow2Image", "read_header", "read_snapshots"]
+__all__ = ["Qcow2Image"]
 
 
-def read_header(storage: Storage, *, writable: bool = False, repair: bool = False, no_io: bool = False) -> Header:
-    """Read and check the header of *storage* (blocking). Raises FormatError with qemu's cause."""
-    size = storage.size
-    data = bytearray(min(HEADER_READ, size))
-    storage.read_into(0, [data])
-    wanted = min(header_read_size(bytes(data)), size)
-    if wanted > len(data):
-        data = bytearray(wanted)
-        storage.read_into(0, [data])
-    return Header.parse(bytes(data), size, path=storage.name, writable=writable, repair=repair, no_io=no_io)
-
-
-def read_snapshots(storage: Storage, header: Header) -> list[SnapshotEntry]:
-    """Read the snapshot table (blocking), in growing pieces bounded by the format's limits."""
-    if header.nb_snapshots == 0:
-        return []
-    length = 64 * KiB
-    while True:
-        data = bytearray(length)
-        storage.read_into(header.snapshots_offset, [data])
-        try:
-            return parse_snapshots(bytes(data), header.nb_snapshots, path=storage.name)
-        except ShortTable as short:
-            length = max(2 * length, short.needed)
-
-
-def allocated_bytes(storage: Storage) -> int | None:
-    """What the file system has given a file; ``None`` for anything else."""
+def _allocated_bytes(storage: Storage) -> int | None:
     fileno = getattr(storage, "fileno", None)
     if fileno is None or getattr(storage, "is_block", False):
         return None
@@ -165,7 +135,7 @@ class Qcow2Image:
         Source: qemu takes a file for preallocated when clearly more clusters
         are counted than the file system has given it.
         """
-        allocated = allocated_bytes(self.storage)
+        allocated = _allocated_bytes(self.storage)
         if allocated is None or self.data is not self.storage:
             return self.data is not self.storage
         clusters = ceil_div(self.storage.size, self.header.cluster_size)
@@ -268,6 +238,16 @@ class Qcow2Image:
             header.autoclear_features = keep
             await self.runtime.io(self.storage.write, 88, [header.pack_fields()[88:96]])
             await writeback.barrier()
+
+    def reload(self) -> None:
+        """Start again from what is on storage (blocking); somebody else repaired it."""
+        fresh = read_header(self.storage, writable=self.writable)
+        for name in Header.__slots__:
+            setattr(self.header, name, getattr(fresh, name))
+        self._load_l1(self.snapshot)
+        self.reader.forget()
+        self.writeback = self.allocator = None
+        self._started = False
 
     # -- ending ----------------------------------------------------------------
 

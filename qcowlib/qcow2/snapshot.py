@@ -40,7 +40,7 @@ from qcowlib.ondisk import (
     pack_snapshots,
     unpack_compressed,
 )
-from qcowlib.qcow2.image import read_snapshots
+from qcowlib.qcow2.directories import read_snapshots
 from qcowlib.qcow2.ordering import PREPARE, PUBLISH
 from qcowlib.units import MiB, round_up
 

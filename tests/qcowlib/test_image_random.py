@@ -121,3 +121,38 @@ def test_random_work_reads_back_here_and_in_qemu(tmp_path: Path, options: str, b
     qemu_img("check", path)
     qemu_img("convert", "-O", "raw", path, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == bytes(model)
+
+
+def test_info_and_check_of_an_open_image(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, "1M")
+    with qcowlib.open(path, "r+") as image:
+        image.pwrite(b"x" * 100000, 0)
+        image.create_snapshot("s")
+        info = image.info()
+        assert (info.format, info.virtual_size, info.cluster_size) == ("qcow2", 1 << 20, 4096)
+        assert [entry.name for entry in info.snapshots] == [b"s"]
+        report = image.check()
+        assert report.clean
+        assert report.allocated_clusters == 25
+
+
+def test_repair_of_an_open_image_keeps_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    with qcowlib.open(path, "r+") as image:
+        image.pwrite(b"x" * 100000, 0)
+        image.flush()
+        # A leak: the count of a free cluster is one.
+        with path.open("r+b") as file:
+            file.truncate(40 << 16)
+            file.seek(0x20000 + 2 * 30)
+            file.write(b"\0\1")
+        assert image.check().leaks == 1
+    with qcowlib.open(path, "r+") as image:
+        image.pwrite(b"y" * 100000, 200000)
+        report = image.check(repair="all")
+        assert (report.leaks_fixed, report.leaks) == (1, 0)
+        image.pwrite(b"z" * 100000, 400000)
+        assert image.pread(100000, 0) + image.pread(100000, 200000) == b"x" * 100000 + b"y" * 100000
+    qemu_img("check", path)

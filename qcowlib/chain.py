@@ -160,9 +160,10 @@ class Chain:
         """Fill *view* from guest *offset*; the caller has checked the bounds."""
         position, end = offset, offset + len(view)
         while position < end:
-            runs = await self.resolve(position, end - position)
+            # Before the lookup, which may wait for tables half way: what it found until then stays in use.
             pin = self.map.pin()
             try:
+                runs = await self.resolve(position, end - position)
                 covered = min(runs.end, end)
                 await self.runtime.io(self.read_runs, runs, view[position - offset : covered - offset], position)
             finally:

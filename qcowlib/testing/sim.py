@@ -8,7 +8,8 @@ run.  An I/O is two steps: before it is made and after it returned, so others
 may run on either side, but never inside it.
 
 :func:`interleavings` tries every schedule of a scenario while there are few,
-and seeded ones beyond that.
+and seeded ones beyond that; :func:`preemptions` those with few changes of who
+runs, which is where long programs go wrong.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from random import Random
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["Deadlock", "Run", "SimRuntime", "interleavings", "replay"]
+__all__ = ["Deadlock", "Run", "SimRuntime", "interleavings", "preemptions", "replay"]
 
 T = TypeVar("T")
 
 MAX_STEPS = 1_000_000
+_REST = 100_000
 
 
 class Deadlock(AssertionError):
@@ -176,3 +178,32 @@ def interleavings(scenario: Scenario, *, limit: int = 500, seed: int = 1) -> Ite
     for number in range(limit):
         runtime = SimRuntime(seed=seed * 1_000_003 + number)
         yield runtime.run_all(scenario(runtime))
+
+
+def preemptions(scenario: Scenario, *, limit: int = 500, seed: int = 1) -> Iterator[Run]:
+    """Yield runs in which each operation goes on as long as it can, but for one or two interruptions.
+
+    First every single one (at each step, in favour of each of two
+    operations), then pairs of them, drawn by *seed*: *limit* runs at most.
+    """
+    lengths = []
+    count = 0
+    for first in (0, 1):
+        step = 0
+        while count < limit:
+            # While both could go on the same one is chosen, then the other one for the rest.
+            schedule = [first] * step + [1 - first] * _REST
+            run = replay(scenario, schedule)
+            count += 1
+            yield run
+            if len(run.schedule) <= step:
+                break
+            step += 1
+        lengths.append(step)
+    random = Random(seed)
+    while count < limit:
+        first = random.randrange(2)
+        schedule = [first] * random.randrange(lengths[first] + 1)
+        schedule += [1 - first] * random.randrange(1, lengths[1 - first] + 2)
+        yield replay(scenario, schedule + [first] * _REST)
+        count += 1

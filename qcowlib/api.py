@@ -16,10 +16,11 @@ from qcowlib.image import Image, open
 if TYPE_CHECKING:
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
+    from qcowlib.jobs.measure import measure
 
-__all__ = ["Image", "convert", "create", "deny_all", "directories", "open", "qemu_like", "same_directory"]
+__all__ = ["Image", "convert", "create", "deny_all", "directories", "measure", "open", "qemu_like", "same_directory"]
 
-_JOBS = {"convert": "convert", "create": "creation"}
+_JOBS = {"convert": "convert", "create": "creation", "measure": "measure"}
 
 
 def __getattr__(name: str) -> object:

@@ -32,6 +32,7 @@ from qcowlib._deflate import Deflater
 from qcowlib._extent import RunList
 from qcowlib._io import LayerFds
 from qcowlib._refcount import Refcounts
+from qcowlib._runs import data_clusters
 from qcowlib._scan import (
     EVENT_BITMAP,
     EVENT_COPIED,
@@ -86,6 +87,7 @@ __all__ = [
     "codec_zstd_version",
     "count_refcounts",
     "crypt_load",
+    "data_clusters",
     "expand_tweaks",
     "fill_entries",
     "first_difference",

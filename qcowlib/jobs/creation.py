@@ -108,7 +108,8 @@ def new_storage(target: str | bytes | os.PathLike[str] | Storage, cache: CacheMo
     try:
         lock_image(storage.fileno(), storage.name, "create")
         begun = not storage.is_block
-        if begun:
+        # Cutting an empty file would make ext4 write out everything when it is closed.
+        if begun and storage.size:
             storage.resize(0)
         yield storage
     except BaseException:

@@ -14,13 +14,25 @@ from qcowlib.gate import deny_all, directories, qemu_like, same_directory
 from qcowlib.image import Image, open
 
 if TYPE_CHECKING:
+    from qcowlib.jobs.compare import compare
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
     from qcowlib.jobs.measure import measure
 
-__all__ = ["Image", "convert", "create", "deny_all", "directories", "measure", "open", "qemu_like", "same_directory"]
+__all__ = [
+    "Image",
+    "compare",
+    "convert",
+    "create",
+    "deny_all",
+    "directories",
+    "measure",
+    "open",
+    "qemu_like",
+    "same_directory",
+]
 
-_JOBS = {"convert": "convert", "create": "creation", "measure": "measure"}
+_JOBS = {"compare": "compare", "convert": "convert", "create": "creation", "measure": "measure"}
 
 
 def __getattr__(name: str) -> object:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.targets import Placed, Target
     from qcowlib.storage.base import Storage
 
-__all__ = ["Copier", "used_runs"]
+__all__ = ["Copier", "read_error", "used_runs"]
 
 Salvage = Callable[[int, Error], object]
 
@@ -171,7 +171,7 @@ class Copier:
                 part.source.image.read_runs(part.runs, piece, part.base)
             except (StorageError, CorruptImage) as error:
                 if self.salvage is None:
-                    raise _read_error(part, error, stretch.start + position) from error
+                    raise read_error(part, error, stretch.start + position) from error
                 self._salvage(part, piece, self.salvage)
             position += part.length
 
@@ -254,18 +254,21 @@ def _whole(runs: Iterator[tuple[int, int, bool]], cluster: int, length: int) -> 
         yield done, length - done, True
 
 
-def _read_error(part: Part, error: Error, start: int) -> Error:
-    """Say where in the target it happened, as precisely as the mapping tells."""
+def read_error(part: Part, error: Error, start: int, text: str = "error while reading at byte {}") -> Error:
+    """Return *error* with *text* about the offset in place of ``{}``, as precisely as the mapping tells.
+
+    *start* is where *part* lies in the target.
+    """
     at = start
     if isinstance(error, StorageError) and error.offset is not None:
         for kind, guest, length, host, _ in part.runs:
             if kind == DATA and host <= error.offset < host + length:
-                at = part.source.start + guest + error.offset - host
+                at = start + guest - part.base + error.offset - host
+    where = text.format(at)
     if isinstance(error, StorageError):
-        code = error.errno or 0
-        text = f"error while reading at byte {at}: {os.strerror(code)}"
-        return StorageError(code, path=error.path, operation="read", offset=at, message=text)
-    return CorruptImage(f"error while reading at byte {at}: {error.message}", path=error.path)
+        code = error.errno or errno.EIO
+        return StorageError(code, path=error.path, operation="read", offset=at, message=f"{where}: {os.strerror(code)}")
+    return CorruptImage(f"{where}: {error.message}", path=error.path)
 
 
 def _fd_at(storage: Storage, offset: int, length: int) -> tuple[int, int]:

@@ -162,6 +162,9 @@ class Turn:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.taken = True
+        if error is not None:
+            # Before anybody later has a turn: of errors raised in turns the earliest wins.
+            self._state.fail(error)
         self._state.passed(self._index)
 
 

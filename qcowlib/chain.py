@@ -20,6 +20,7 @@ from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.qcow2.resize import resize
 from qcowlib.qcow2.write import Writer
 from qcowlib.raw import RawImage, RawWriter
+from qcowlib.units import round_up
 
 if TYPE_CHECKING:
     from qcowlib.qcow2.create import Preallocation
@@ -143,13 +144,12 @@ class Chain:
                     layer,
                 )
             if inside < length:
-                refined.add(
-                    ZERO if isinstance(image, RawImage) else SPARSE,
-                    guest + inside,
-                    length - inside,
-                    host + inside,
-                    layer,
-                )
+                # A file may end inside its last cluster; clusters behind it are missing, not zero (L10).
+                short = length
+                if isinstance(image, Qcow2Image):
+                    short = min(length, max(round_up(size, image.cluster_size) - host, inside))
+                refined.add(hole, guest + inside, short - inside, host + inside, layer)
+                refined.add(DATA, guest + short, length - short, host + short, layer)
             if len(refined) > 4 * RUN_LIMIT:
                 break
         return refined

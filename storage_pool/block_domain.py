@@ -28,7 +28,7 @@ from . import layout
 from .domain import Leftover, VolumeEntry
 from .errors import AlreadyExists, Illegal, MetadataError, NotFound
 from .ids import BLANK, check_id, is_id
-from .lease_records import SafeleaseTag, lockspace_area, resource_area, write_area
+from .lease_records import SafeleaseTag, lockspace_area, read_leader, resource_area, write_area
 from .leases import Lease, LeaseArea
 from .lvm import Lv, Lvm, VgState
 from .metadata_domain import LATEST_VERSION, DomainMetadata, pack_v1, unpack_v1, v1_slot
@@ -375,6 +375,14 @@ class BlockDomain:
         with self.special("leases", writable=True) as storage:
             token.check()
             write_area(storage, layout.lease_offset(self.slot_of(volume), view.alignment), area)
+
+    def lease_name(self, volume: str) -> str | None:
+        view = self.metadata
+        if not layout.has_volume_leases(view.version, view.type):
+            return None
+        with self.special("leases") as storage:
+            leader = read_leader(storage, layout.lease_offset(self.slot_of(volume), view.alignment))
+        return leader.resource_name if leader is not None else ""
 
     def make_lock(self, token: SpmToken, version: int) -> None:
         view = self.metadata

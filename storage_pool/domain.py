@@ -140,6 +140,9 @@ class Domain(Protocol):
     def make_lease(self, token: SpmToken, volume: str) -> None:
         """Write a volume's lease anew, free.  Nobody may hold it."""
 
+    def lease_name(self, volume: str) -> str | None:
+        """Return the name in a volume's lease, empty for none, ``None`` where the domain has no leases."""
+
     def make_lock(self, token: SpmToken, version: int) -> None:
         """Write the domain's lock as *version* has it, free."""
 

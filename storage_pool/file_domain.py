@@ -495,7 +495,6 @@ class FileDomain:
         return Lease(view.uuid, volume, LeaseArea(self._root.full(self._where(volume) + _LEASE), 0))
 
     def lease_name(self, volume: str) -> str | None:
-        """Return the name in a volume's lease, empty for none, ``None`` where the domain has no leases."""
         view = self.metadata
         if not layout.has_volume_leases(view.version, view.type):
             return None

@@ -34,7 +34,7 @@ __all__ = ["Finding", "ImageGroup", "findings", "repair"]
 #: Longer chains are taken for a cycle that was missed.
 MAX_CHAIN: Final = 1024
 
-Repair = Literal["set parent", "set parent tag", "set role", "none"]
+Repair = Literal["set parent", "set parent tag", "set role", "write lease", "none"]
 
 
 class Finding(NamedTuple):
@@ -121,6 +121,7 @@ def findings(group: ImageGroup) -> list[Finding]:
             continue
         found += _against_tags(group, volume, record)
         found += _against_image(group, volume, record)
+        found += _against_lease(group, volume)
         if record.legality == mv.ILLEGAL:
             found.append(Finding(volume, "the volume is ILLEGAL: an operation on it did not end"))
         if record.voltype != SHARED:
@@ -156,6 +157,17 @@ def _against_tags(group: ImageGroup, volume: str, record: VolumeMetadata) -> lis
     return found
 
 
+def _against_lease(group: ImageGroup, volume: str) -> list[Finding]:
+    """A lease under another name can never be taken; old merges left such."""
+    try:
+        name = group.domain.lease_name(volume)
+    except Error as error:
+        return [Finding(volume, f"unreadable lease: {error.message}", "write lease")]
+    if name is None or name == volume:
+        return []
+    return [Finding(volume, f"its lease is named '{printable(name[:64])}'", "write lease")]
+
+
 def _against_image(group: ImageGroup, volume: str, record: VolumeMetadata) -> list[Finding]:
     if record.format != COW:
         return []
@@ -188,6 +200,10 @@ def repair(token: SpmToken, domain: Domain, plan: Sequence[Finding]) -> list[Fin
     done = []
     for finding in plan:
         if finding.repair == "none":
+            continue
+        if finding.repair == "write lease":
+            domain.make_lease(token, finding.volume)
+            done.append(finding)
             continue
         record = domain.record(finding.volume)
         if finding.repair == "set parent":

@@ -12,6 +12,7 @@ from qcowlib.errors import Error
 from qcowlib.units import human_size
 from storage_pool import block_group
 from storage_pool.block_domain import BlockDomain
+from storage_pool.check import check_domain, mend
 from storage_pool.cli.hosting import make_lvm, now, open_domain, take_token
 from storage_pool.cli.output import Output
 from storage_pool.dump import dump_block, dump_file
@@ -20,6 +21,7 @@ from storage_pool.file_domain import FileDomain, discover
 from storage_pool.ids import make_id
 from storage_pool.metadata_domain import BACKUP, BLOCK_TYPES, DATA, TYPES, VERSIONS
 from storage_pool.process import SystemRunner
+from storage_pool.upgrade import upgrade
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -65,11 +67,17 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     for verb, run, text in (
         ("show", _show, "show the keys of a domain and how full it is"),
         ("dump", _dump, "print all that is known of a domain; reads only"),
+        ("check", _check, "check a whole domain; reads only unless told to mend"),
+        ("upgrade", _upgrade, "convert a data domain in place"),
         ("leftovers", _leftovers, "list what interrupted operations left"),
         ("destroy", _destroy, "remove a domain with everything in it"),
     ):
         parser = add(verb, run, text)
         parser.add_argument("domain", metavar="DIRECTORY|UUID")
+        if verb == "check":
+            parser.add_argument("--mend", action="store_true", help="mend what has a rule")
+        if verb == "upgrade":
+            parser.add_argument("version", type=_version, metavar="V2..V5")
         if verb == "leftovers":
             parser.add_argument("--sweep", action="store_true", help="remove them")
 
@@ -206,6 +214,44 @@ def _leftovers(arguments: argparse.Namespace, output: Output) -> int:
                 domain.sweep(token, found)
             return 0
     return 3 if found else 0
+
+
+def _check(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain:
+        if arguments.mend:
+            with take_token(arguments) as token:
+                report = mend(token, domain)
+        else:
+            report = check_domain(domain)
+    if output.as_json:
+        document = report._asdict()
+        document["findings"] = [finding._asdict() for finding in report.findings]
+        document["leftovers"] = [leftover._asdict() for leftover in report.leftovers]
+        output.document(document)
+    else:
+        output.line(f"{report.images} images, {report.volumes} volumes")
+        for finding in report.findings:
+            rule = "" if finding.repair == "none" else f" ({finding.repair} {finding.value})".replace(" )", ")")
+            output.line(f"{finding.volume}: {finding.text}{rule}")
+        for leftover in report.leftovers:
+            output.line(f"{leftover.name}: {leftover.kind}, {leftover.why}")
+        for name, note in report.unfinished.items():
+            output.line(f"{name}: {note} was cut")
+        for name in report.unmapped:
+            output.line(f"{name}: a device that the keys of the domain do not name")
+    return 0 if report.clean else 3
+
+
+def _upgrade(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
+        report = upgrade(token, domain, arguments.version, ctime=now())
+        version = domain.metadata.version
+    if output.as_json:
+        output.document({"problems": report, "version": version})
+    else:
+        for line in report:
+            output.line(line)
+    return 3 if report else 0
 
 
 def _destroy(arguments: argparse.Namespace, output: Output) -> int:

@@ -1,0 +1,76 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checking a whole domain, of any writer; reads only.
+
+Invariant: nothing is changed, no lock is taken; what is found comes with the
+rule that mends it, and :func:`mend` does only what has one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from .block_domain import BlockDomain
+from .block_group import repair_mapping
+from .domain import Domain, Leftover
+from .image_group import Finding, ImageGroup, findings, repair
+from .merge import recover_merges
+
+if TYPE_CHECKING:
+    from .token import SpmToken
+
+__all__ = ["DomainReport", "check_domain", "mend"]
+
+
+class DomainReport(NamedTuple):
+    """What a check of a domain found."""
+
+    images: int
+    volumes: int
+    findings: tuple[Finding, ...]
+    leftovers: tuple[Leftover, ...]
+    unfinished: dict[str, str]
+    unmapped: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was found."""
+        return not (self.findings or self.leftovers or self.unfinished or self.unmapped)
+
+
+def check_domain(domain: Domain) -> DomainReport:
+    """Compare all that a domain says about its volumes.
+
+    *unfinished* of the answer are merges that were cut, by the volume merged
+    into; *unmapped* are devices of a volume group that its keys do not name.
+    """
+    domain.refresh()
+    entries = [entry for entry in domain.entries().values() if not entry.removed and not entry.initializing]
+    images = sorted({entry.images[0] for entry in entries})
+    found: list[Finding] = []
+    for image in images:
+        found += findings(ImageGroup.load(domain, image))
+    unmapped: list[str] = []
+    if isinstance(domain, BlockDomain):
+        known = {entry.uuid for entry in domain.metadata.pv_mapping.values()}
+        unmapped = [pv.name for pv in domain.state.pvs.values() if pv.uuid not in known]
+    return DomainReport(
+        len(images), len(entries), tuple(found), tuple(domain.leftovers()), domain.notes(), tuple(unmapped)
+    )
+
+
+def mend(token: SpmToken, domain: Domain) -> DomainReport:
+    """End merges that were cut, sweep leftovers, mend what has a rule; returns what is left.
+
+    Parents are mended before the tags and roles that follow from them.
+    """
+    recover_merges(token, domain)
+    domain.sweep(token, domain.leftovers())
+    if isinstance(domain, BlockDomain):
+        repair_mapping(token, domain)
+    report = check_domain(domain)
+    for _ in range(2):
+        if not repair(token, domain, report.findings):
+            break
+        report = check_domain(domain)
+    return report

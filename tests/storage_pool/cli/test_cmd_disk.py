@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""``qpool volume``, ``image``, ``snapshot``, ``template``: the life of a disk by command."""
+
+import json
+
+import pytest
+
+from qcowlib import open as open_image
+from storage_pool.cli.main import main
+from storage_pool.testing.golden import rebuild_file_domain
+
+
+@pytest.fixture
+def qpool(capsys, tmp_path):
+    def run(*arguments, status=0):
+        assert main([*map(str, arguments), "--lock", str(tmp_path / "lock"), "--output=json"]) == status
+        got = capsys.readouterr()
+        return json.loads(got.out) if got.out else got.err
+
+    return run
+
+
+@pytest.fixture
+def mount(qpool, tmp_path):
+    path = tmp_path / "mount"
+    path.mkdir()
+    qpool("domain", "create", path)
+    return path
+
+
+def test_life_of_a_disk(qpool, mount):
+    made = qpool("volume", "create", mount, "64M", "--description", "disk")
+    image, base = made["image"], made["volume"]
+    assert made["capacity"] == 64 << 20
+    (row,) = qpool("volume", "list", mount)
+    assert (row["volume"], row["voltype"], row["description"]) == (base, "LEAF", "disk")
+    with open_image(next(mount.glob(f"*/images/{image}/{base}")), "r+") as opened:
+        opened.pwrite(b"first", 0)
+    taken = qpool("snapshot", "create", mount, image)
+    assert taken["snapshot"] == base
+    look = qpool("snapshot", "preview", mount, image, base)["preview"]
+    qpool("snapshot", "undo", mount, image, look)
+    assert qpool("snapshot", "delete", mount, image, taken["leaf"]) == {"merged_into": base}
+    assert qpool("volume", "extend", mount, base, "128M")["capacity"] == 128 << 20
+    template = qpool("template", "create", mount, image, "--description", "t")
+    thin = qpool("volume", "create", mount, "128M", "--parent", template["volume"])
+    assert qpool("image", "show", mount, thin["image"])["findings"] == []
+    copied = qpool("image", "copy", mount, image)
+    assert "has children" in qpool("image", "remove", mount, template["image"], status=1)
+    for disk in (thin["image"], copied["image"], template["image"], image):
+        qpool("image", "remove", mount, disk)
+    assert qpool("volume", "list", mount) == []
+    assert qpool("domain", "check", mount)["volumes"] == 0
+
+
+def test_a_refused_command_is_one_line(qpool, mount):
+    text = qpool("volume", "create", mount, "1M", "--format", "RAW", "--parent", "x" * 8, status=1)
+    assert text.startswith("qpool: ") and len(text.splitlines()) == 1
+    assert "not a valid" in qpool("volume", "remove", mount, "../x", status=1)
+    assert "no image" in qpool("image", "show", mount, "00000000-0000-0000-0000-000000000001", status=1)
+
+
+def test_a_foreign_domain_is_upgraded_and_checked(qpool, tmp_path, golden):
+    path = rebuild_file_domain(golden / "file/v1_nfs", tmp_path)
+    qpool("domain", "leftovers", path, "--sweep")
+    # The images of golden data are empty files, so their sizes and chains are told.
+    assert qpool("domain", "upgrade", path, "V5", status=3)["version"] == 5
+    assert qpool("domain", "show", path)["version"] == "5"
+    assert qpool("domain", "check", path, status=3)["volumes"] == 10
+    assert "no way back" in qpool("domain", "upgrade", path, "V3", status=1)

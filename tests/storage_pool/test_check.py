@@ -1,0 +1,82 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checking whole domains, and mending what has a rule."""
+
+from pathlib import Path
+
+import pytest
+
+from storage_pool import check, merge
+from storage_pool import snapshot as sn
+from storage_pool import volume as vol
+from storage_pool.ids import make_id
+from storage_pool.testing.killing import Killed, KillingDomain
+
+CTIME = 1617235200
+MIB = 1 << 20
+
+
+def disk(domain, token, length=3):
+    image, volume = make_id(), make_id()
+    vol.create_volume(token, domain, vol.VolumeSpec(image, volume, 64 * MIB), CTIME)
+    return image, [volume, *(sn.create_snapshot(token, domain, image, ctime=CTIME) for _ in range(length - 1))]
+
+
+def test_a_sound_domain_is_clean(make_domain, token):
+    domain = make_domain()
+    assert check.check_domain(domain).clean
+    disk(domain, token)
+    report = check.check_domain(domain)
+    assert report.clean and (report.images, report.volumes) == (1, 3)
+
+
+def test_everything_with_a_rule_is_mended(make_domain, token):
+    domain = make_domain()
+    image, volumes = disk(domain, token)
+    other, _ = disk(domain, token)
+    # A wrong parent in a record, a wrong role, a stale tag, a lost lease, a
+    # merge that was cut and a creation that was cut.
+    domain.write_record(token, volumes[2], domain.record(volumes[2])._replace(parent=volumes[0]))
+    domain.write_record(token, volumes[0], domain.record(volumes[0])._replace(voltype="LEAF"))
+    domain.set_parent_hint(token, volumes[1], volumes[2])
+    lease = domain.lease(volumes[1])
+    if domain.block:
+        with domain.special("leases", writable=True) as storage:
+            storage.write(lease.area.offset, [bytes(512)])
+    else:
+        Path(lease.area.path).write_bytes(bytes(512))
+    third, members = disk(domain, token)
+    with pytest.raises(Killed):
+        merge.merge(token, KillingDomain(domain, 6), third, members[1])
+    with pytest.raises(Killed):
+        sn.create_snapshot(token, KillingDomain(domain, 2), other, ctime=CTIME)
+    if domain.block:
+        domain = type(domain).open(domain.lvm, domain.uuid)
+    before = check.check_domain(domain)
+    assert not before.clean and len(before.findings) >= 4 and before.leftovers
+    assert list(before.unfinished) == [members[0]]
+    report = check.mend(token, domain)
+    assert report.clean, report
+    assert vol.records_of(domain, image)[volumes[2]].parent == volumes[1]
+    assert set(vol.records_of(domain, third)) == {members[0], members[2]}
+
+
+def test_ls_a_lease_under_another_name_is_found_and_rewritten(file_domain, token):
+    domain = file_domain()
+    _, volumes = disk(domain, token, 1)
+    path = Path(domain.path_of(volumes[0]) + ".lease")
+    data = bytearray(path.read_bytes())
+    data[104:152] = b"x_MERGE".ljust(48, b"\0")
+    path.write_bytes(data)
+    (finding,) = check.check_domain(domain).findings
+    assert finding.repair == "write lease" and "x_MERGE" in finding.text
+    assert check.mend(token, domain).clean and domain.lease_name(volumes[0]) == volumes[0]
+
+
+def test_what_has_no_rule_is_told_and_stays(file_domain, token):
+    domain = file_domain()
+    _, volumes = disk(domain, token)
+    domain.write_record(token, volumes[2], domain.record(volumes[2])._replace(legality="ILLEGAL"))
+    report = check.mend(token, domain)
+    assert [finding.volume for finding in report.findings] == [volumes[2]]
+    assert domain.record(volumes[2]).legality == "ILLEGAL"

@@ -10,8 +10,7 @@ importing the package costs nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.api import *  # noqa: F403
     from qcowlib.errors import *  # noqa: F403

@@ -9,7 +9,6 @@ needed.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from qcowlib.ondisk.bitmaps import BitmapEntry
 from qcowlib.ondisk.header import Header
@@ -20,10 +19,13 @@ from qcowlib.units import SECTOR, round_up
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import NamedTuple
 
     from qcowlib.storage.base import Storage
 
     Json = None | bool | int | str | Sequence["Json"] | Mapping[str, "Json"]
+else:
+    from qcowlib.records import NamedTuple
 
 __all__ = ["ImageInfo", "image_info"]
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from struct import Struct
-from typing import NamedTuple
 
 from qcowlib.errors import FormatError, printable
 from qcowlib.ondisk.constants import (
@@ -36,6 +35,13 @@ from qcowlib.ondisk.constants import (
     MIN_GRANULARITY_BITS,
 )
 from qcowlib.units import ceil_div, round_up
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NamedTuple
+else:
+    from qcowlib.records import NamedTuple
+
 
 __all__ = ["BitmapEntry", "bitmap_table_entries", "pack_bitmap_directory", "parse_bitmap_directory"]
 

@@ -8,7 +8,10 @@ no image QEMU writes is refused and none it refuses makes us allocate.
 
 from __future__ import annotations
 
-from typing import Final
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
 
 MAGIC: Final = b"QFI\xfb"
 

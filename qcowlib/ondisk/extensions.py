@@ -21,11 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from struct import Struct
-from typing import Final, NamedTuple
 
 from qcowlib.errors import FormatError, printable
 from qcowlib.ondisk.constants import MAX_BACKING_FORMAT, MAX_BITMAP_DIRECTORY, MAX_BITMAPS
 from qcowlib.units import round_up
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, NamedTuple
+else:
+    from qcowlib.records import NamedTuple
+
 
 __all__ = [
     "EXT_BACKING_FORMAT",

@@ -27,7 +27,6 @@ offset size field                  offset size field
 from __future__ import annotations
 
 from struct import Struct
-from typing import Final
 
 from qcowlib.errors import FormatError, UnsupportedFeature, UsageError
 from qcowlib.ondisk import constants as c
@@ -35,6 +34,11 @@ from qcowlib.ondisk import extensions as ext
 from qcowlib.ondisk.extensions import BitmapsExtension, CryptoPointer, Extension, FeatureName
 from qcowlib.ondisk.geometry import l1_entries
 from qcowlib.units import SECTOR
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
 
 __all__ = ["HEADER_READ", "Header", "header_read_size", "is_qcow2"]
 

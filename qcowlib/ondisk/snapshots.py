@@ -27,11 +27,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from struct import Struct
-from typing import NamedTuple
 
 from qcowlib.errors import FormatError
 from qcowlib.ondisk.constants import MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE, MAX_SNAPSHOTS
 from qcowlib.units import round_up
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NamedTuple
+else:
+    from qcowlib.records import NamedTuple
+
 
 __all__ = [
     "ShortTable",

@@ -17,10 +17,16 @@ object).  Each passes :class:`qcowlib.testing.conformance.StorageContract`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NamedTuple, Protocol
+
     from _typeshed import ReadableBuffer, WriteableBuffer
+else:
+    from qcowlib.records import NamedTuple
+
+    Protocol = object
 
 __all__ = ["Alignment", "FdSegment", "Storage", "StorageExtent"]
 

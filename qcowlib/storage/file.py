@@ -31,11 +31,11 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from qcowlib.errors import GateDenied, OutOfRange, ReadOnly, StorageError, UsageError, printable
 from qcowlib.storage.base import Alignment, FdSegment, StorageExtent
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 

@@ -31,13 +31,17 @@ import errno
 import fcntl
 import os
 import struct
-from typing import Final, Literal
 
 from qcowlib.errors import Busy, ReadOnly, StorageError, printable
 
-__all__ = ["Access", "ImageLock", "find_holder", "lock_image"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, Literal
 
-Access = Literal["read", "write", "force_share", "create"]
+    Access = Literal["read", "write", "force_share", "create"]
+
+
+__all__ = ["ImageLock", "find_holder", "lock_image"]
 
 _READ, _WRITE, _UNCHANGED, _RESIZE = 1, 2, 4, 8
 _NAMES: Final = ("consistent read", "write", "write unchanged", "resize")

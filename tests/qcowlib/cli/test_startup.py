@@ -23,6 +23,7 @@ HEAVY = {
     "random",
     "subprocess",
     "tempfile",
+    "typing",
     "threading",
     "uuid",
 }

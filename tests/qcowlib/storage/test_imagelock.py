@@ -9,12 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from qcowlib.errors import Busy, ReadOnly
 from qcowlib.storage.file import FileStorage
-from qcowlib.storage.imagelock import Access, ImageLock, lock_image
+from qcowlib.storage.imagelock import ImageLock, lock_image
+
+if TYPE_CHECKING:
+    from qcowlib.storage.imagelock import Access
 
 pytestmark = pytest.mark.real("qemu-img", "qemu-io", "qemu-nbd")
 

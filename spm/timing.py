@@ -30,8 +30,8 @@ class LeaseTiming(NamedTuple):
     """Periods of a lease, in seconds, from the daemon's I/O timeout T.
 
     ``margin_intervals`` is in units of T: how much earlier than the daemon's
-    own limit a token ends, and the longest gap in our own progress that is
-    not answered by asking for the lease again.
+    own limit a token ends at least, and the longest gap in our own progress
+    that is not answered by asking for the lease again.
     """
 
     io_timeout_s: float = 10.0
@@ -44,7 +44,15 @@ class LeaseTiming(NamedTuple):
 
     @property
     def margin_s(self) -> float:
-        """See ``margin_intervals``."""
+        """How much earlier than the daemon's limit a token ends.
+
+        With a large T that is more, for the last write must land before death.
+        """
+        return max(self.gap_s, self.limit_s - WATCHDOG_S)
+
+    @property
+    def gap_s(self) -> float:
+        """A process without progress for longer was paused; see ``margin_intervals``."""
         return self.margin_intervals * self.io_timeout_s
 
     @property

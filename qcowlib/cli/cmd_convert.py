@@ -26,7 +26,6 @@ from qcowlib.errors import Error, StorageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
 
     from qcowlib.image import Image
 
@@ -278,7 +277,7 @@ class _Conversion:
             progress=self._progress(progress),
             rate=args.number("rate") or None,
             workers=args.number("workers"),
-            **(_job_options(values) if values is not None and fresh is None else {}),
+            **(creation.job_options(values) if values is not None and fresh is None else {}),
         )
 
     def _is_encrypted(self, values: OptionList) -> bool:
@@ -337,16 +336,3 @@ def _check_compression(fmt: str, values: OptionList) -> None:
         raise Failure("Compression and encryption not supported at the same time")
     if values.text("preallocation") not in (None, "off"):
         raise Failure("Compression and preallocation not supported at the same time")
-
-
-_TEXTS = ("compat", "compression_type", "data_file", "preallocation")
-_FLAGS = ("data_file_raw", "extended_l2", "lazy_refcounts")
-_NUMBERS = ("cluster_size", "refcount_bits")
-
-
-def _job_options(values: OptionList) -> dict[str, Any]:
-    """Return the options of the new image as the job takes them."""
-    given: dict[str, Any] = {name: values.text(name) for name in _TEXTS if name in values}
-    given.update({name: values.flag(name) for name in _FLAGS if name in values})
-    given.update({name: values.number(name, 0) for name in _NUMBERS if name in values})
-    return given

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import closing
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from qcowlib.cli.console import Failure
 from qcowlib.cli.encryption import encryption_of, luks_area
@@ -18,20 +18,17 @@ from qcowlib.cli.names import image_ref, strip_protocol
 from qcowlib.cli.opening import hint_text, open_storage
 from qcowlib.errors import Error, StorageError
 from qcowlib.info import full_backing_name
-from qcowlib.ondisk import COMPRESSION_ZLIB, COMPRESSION_ZSTD
-from qcowlib.qcow2.create import CreateOptions, Preallocation, create_raw
+from qcowlib.jobs.creation import file_options, new_data_file, new_storage
+from qcowlib.qcow2.create import CreateOptions, create_raw
 from qcowlib.qcow2.create import create as create_qcow2
-from qcowlib.storage.file import FileStorage
-from qcowlib.storage.imagelock import lock_image
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from qcowlib.cli.optlist import OptionList
 
-T = TypeVar("T")
-
-__all__ = ["UNKNOWN_SIZE", "Request", "can_create", "create", "protocol_path", "resolve_backing"]
+__all__ = ["UNKNOWN_SIZE", "Request", "can_create", "create", "job_options", "protocol_path", "resolve_backing"]
 
 _FORMAT_NAMES = (
     "blkdebug blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg file ftp "
@@ -132,28 +129,9 @@ def _cause(error: Error) -> str:
     return error.message
 
 
-def _open_new(path: str) -> FileStorage:
-    """Open *path* for a new image: made if missing, emptied unless somebody uses it."""
+def _check_not_directory(path: str) -> None:
     if os.path.isdir(path):  # noqa: PTH112
         raise Failure(f"Could not create '{path}': Is a directory")
-    storage = FileStorage.create(path)
-    try:
-        lock = lock_image(storage.fileno(), path, "create")
-        if not storage.is_block:
-            storage.resize(0)
-        lock.release()
-    except BaseException:
-        storage.close()
-        raise
-    return storage
-
-
-def _remove(path: str) -> None:
-    try:
-        if os.path.isfile(path):  # noqa: PTH113
-            os.unlink(path)  # noqa: PTH108
-    except OSError:
-        pass  # the error that led here is the one to report
 
 
 def _create_raw(request: Request) -> None:
@@ -162,12 +140,11 @@ def _create_raw(request: Request) -> None:
         raise Failure("Unsupported preallocation mode: metadata")
     if mode not in ("off", "falloc", "full"):
         raise Failure(f"invalid parameter value: {mode}")
-    if request.size > _MAX_FILE:
-        _remove(request.path)
-        raise Failure("Could not resize file: Invalid argument")
-    storage = _open_new(request.path)
+    _check_not_directory(request.path)
     try:
-        with closing(storage):
+        with new_storage(request.path, "writeback") as storage:
+            if request.size > _MAX_FILE:
+                raise Failure("Could not resize file: Invalid argument")
             create_raw(storage, request.size, preallocation=mode)  # type: ignore[arg-type]
     except StorageError as error:
         if error.errno == errno.EFBIG:
@@ -176,67 +153,41 @@ def _create_raw(request: Request) -> None:
 
 
 def _create_luks(request: Request, secrets: Mapping[str, bytes]) -> None:
-    storage = _open_new(request.path)
-    try:
-        with closing(storage):
-            area = luks_area(request.values, "", secrets, host_sectors=False)
-            storage.resize(len(area) + request.size)
-            storage.write(0, [area])
-            storage.flush()
-    except BaseException:
-        _remove(request.path)
-        raise
+    _check_not_directory(request.path)
+    with new_storage(request.path, "writeback") as storage:
+        area = luks_area(request.values, "", secrets, host_sectors=False)
+        storage.resize(len(area) + request.size)
+        storage.write(0, [area])
+        storage.flush()
 
 
 def _create_qcow2(request: Request, secrets: Mapping[str, bytes]) -> None:
-    storage = _open_new(request.path)
-    try:
-        with closing(storage):
-            data_path = request.values.text("data_file")
-            if data_path is None:
-                create_qcow2(storage, _options(request, secrets))
-                return
-            with closing(_open_new(data_path)) as data:
-                create_qcow2(storage, _options(request, secrets), data=data)
-    except BaseException:
-        _remove(request.path)
-        raise
-
-
-_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-_COMPRESSION = {"zlib": COMPRESSION_ZLIB, "zstd": COMPRESSION_ZSTD}
-_PREALLOCATION: dict[str, Preallocation] = {"off": "off", "metadata": "metadata", "falloc": "falloc", "full": "full"}
+    _check_not_directory(request.path)
+    data_name = request.values.text("data_file")
+    with new_storage(request.path, "writeback") as storage, new_data_file(data_name, "writeback") as data:
+        create_qcow2(storage, _options(request, secrets), data=data)
 
 
 def _options(request: Request, secrets: Mapping[str, bytes]) -> CreateOptions:
-    """Return the options as the format wants them; wrong choices are refused here, rules there."""
+    """Return the options as the format wants them; it knows the rules between them."""
     values = request.values
     backing_format = values.text("backing_fmt")
-    _choice("backing-fmt", backing_format, KNOWN_FORMATS)
-    return CreateOptions(
-        size=request.size,
-        version=_choice("version", values.text("compat"), _VERSIONS) or 3,
-        cluster_size=values.number("cluster_size", 65536),
-        refcount_bits=values.number("refcount_bits", 16),
-        extended_l2=values.flag("extended_l2"),
-        lazy_refcounts=values.flag("lazy_refcounts"),
-        compression_type=_choice("compression-type", values.text("compression_type"), _COMPRESSION) or COMPRESSION_ZLIB,
-        preallocation=_choice("preallocation", values.text("preallocation"), _PREALLOCATION) or "off",
-        backing_file=_bytes(values.text("backing_file")),
-        backing_format=_bytes(backing_format),
-        data_file=_bytes(values.text("data_file")),
-        data_file_raw=values.flag("data_file_raw"),
-        encrypt=encryption_of(values, secrets),
+    if backing_format is not None and backing_format not in KNOWN_FORMATS:
+        raise Failure(f"Parameter 'backing-fmt' does not accept value '{backing_format}'")
+    described = file_options(
+        job_options(values), request.size, backing=values.text("backing_file"), backing_format=backing_format
     )
+    return described._replace(encrypt=encryption_of(values, secrets))
 
 
-def _bytes(text: str | None) -> bytes | None:
-    return None if text is None else os.fsencode(text)
+_TEXTS = ("compat", "compression_type", "data_file", "preallocation")
+_FLAGS = ("data_file_raw", "extended_l2", "lazy_refcounts")
+_NUMBERS = ("cluster_size", "refcount_bits")
 
 
-def _choice(name: str, text: str | None, choices: Mapping[str, T]) -> T | None:
-    if text is None:
-        return None
-    if text not in choices:
-        raise Failure(f"Parameter '{name}' does not accept value '{text}'")
-    return choices[text]
+def job_options(values: OptionList) -> dict[str, Any]:
+    """Return the options of a new image by keyword, as :class:`~qcowlib.jobs.creation.NewOptions`."""
+    given: dict[str, Any] = {name: values.text(name) for name in _TEXTS if name in values}
+    given.update({name: values.flag(name) for name in _FLAGS if name in values})
+    given.update({name: values.number(name, 0) for name in _NUMBERS if name in values})
+    return given

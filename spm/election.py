@@ -65,7 +65,8 @@ def order(view: PoolView) -> list[int]:
     """Return the host ids of the candidates, who has the first turn first."""
 
     def rank(candidate: Candidate) -> tuple[int, int, bool, int]:
-        number = zlib.crc32(b"%d %d" % (view.epoch, candidate.host_id))
+        # A checksum alone is linear: the same few hosts would always come first.
+        number = zlib.crc32(b"%d %d" % (view.epoch, candidate.host_id)) * 2654435761 >> 7 & 0xFFFFFFFF
         return -candidate.version, -candidate.priority, candidate.host_id != view.last_spm, number
 
     eligible: Iterable[Candidate] = (candidate for candidate in view.candidates if candidate.priority >= 1)

@@ -21,8 +21,9 @@ from qcowlib.image import Image
 from qcowlib.image import open as open_image
 from qcowlib.jobs.creation import Format, file_options
 from qcowlib.native import data_clusters
-from qcowlib.ondisk import MAX_L1_BYTES, BitmapEntry, bitmap_table_entries, parse_bitmap_directory, refcount_structures
+from qcowlib.ondisk import MAX_L1_BYTES, BitmapEntry, bitmap_table_entries, refcount_structures
 from qcowlib.qcow2.create import CreateOptions
+from qcowlib.qcow2.directories import read_bitmaps
 from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.units import SECTOR, ceil_div, round_up
 
@@ -145,20 +146,7 @@ def _bitmaps(image: Image, cluster: int) -> int | None:
     top = image.layers[0]
     if not isinstance(top, Qcow2Image) or top.header.version < 3:
         return None
-    return bitmap_bytes(read_bitmaps(top), image.size, cluster)
-
-
-def read_bitmaps(layer: Qcow2Image) -> list[BitmapEntry]:
-    """Return the bitmap directory of *layer*, empty where it must not be trusted."""
-    header = layer.header
-    pointer = header.bitmaps
-    if pointer is None or not header.bitmaps_valid:
-        return []
-    data = bytearray(pointer.directory_size)
-    layer.storage.read_into(pointer.directory_offset, [data])
-    return parse_bitmap_directory(
-        bytes(data), pointer.nb_bitmaps, header.size, header.cluster_bits, path=layer.storage.name
-    )
+    return bitmap_bytes(read_bitmaps(top.storage, top.header), image.size, cluster)
 
 
 def bitmap_bytes(bitmaps: Iterable[BitmapEntry], size: int, cluster: int) -> int:

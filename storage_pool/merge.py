@@ -22,13 +22,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qcowlib.qcow2.check import check
+from qcowlib.qcow2.header_update import set_backing
 
 from . import metadata_volume as mv
 from .domain import Domain
 from .errors import Illegal, NotFound
 from .image_group import ImageGroup
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
-from .relink import set_backing
 from .sizes import max_size, optimal_cow_size
 from .transfer import copy_data
 from .volume import IMAGE_FORMATS, children_of, open_image, remove_volumes, set_role, zero_from
@@ -154,7 +154,8 @@ def _relink(token: SpmToken, domain: Domain, base: str, top: str) -> None:
         storage = domain.open_volume(child, writable=True)
         try:
             token.check()
-            set_backing(storage, base, fmt)
+            set_backing(storage, base.encode(), fmt.encode())
+            storage.flush()
         finally:
             storage.close()
         domain.write_record(token, child, domain.record(child)._replace(parent=base))

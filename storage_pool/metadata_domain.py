@@ -19,12 +19,15 @@ from .ids import BLANK, check_id, is_id
 from .sealed import check_value, from_lines, split_lines, to_lines
 
 __all__ = [
+    "ACTIVE",
+    "ATTACHED",
     "BACKUP",
     "BLOCK_TYPES",
     "DATA",
     "ISO",
     "LATEST_VERSION",
     "MASTER",
+    "POOL_KEYS",
     "REGULAR",
     "VERSIONS",
     "DomainMetadata",

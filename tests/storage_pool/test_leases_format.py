@@ -3,6 +3,7 @@
 """Lease records, the safelease block and the index of external leases."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,27 @@ def test_ls07_a_volume_cut_short_raises():
         made.load()
     with pytest.raises(StorageError):
         made.format(make_id(), 1)
+
+
+@pytest.mark.real("sanlock")
+@pytest.mark.parametrize(("block_size", "alignment"), [(512, MIB), (4096, 8 * MIB)])
+def test_ls14_sanlock_itself_reads_the_lockspace_and_resources_that_we_make(tmp_path, block_size, alignment):
+    space, volume = make_id(), make_id()
+    geometry = {"block_size": block_size, "alignment": alignment}
+    ids, leases = tmp_path / "ids", tmp_path / "leases"
+    ids.write_bytes(lease_records.lockspace_area(space, **geometry))
+    areas = [bytes(alignment), lease_records.resource_area(space, "SDM", **geometry)]
+    areas.append(lease_records.resource_area(space, volume, **geometry))
+    leases.write_bytes(b"".join(areas))
+
+    def sanlock(*arguments):
+        done = subprocess.run(["sanlock", "direct", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    sizes = ["-Z", str(block_size), "-A", f"{alignment >> 20}M"]
+    told = sanlock("read_leader", "-s", f"{space}:1:{ids}:0", *sizes)
+    assert space in told and f"sector_size {block_size}" in told
+    for name, offset in (("SDM", alignment), (volume, 2 * alignment)):
+        told = sanlock("read_leader", "-r", f"{space}:{name}:{leases}:{offset}", *sizes)
+        assert f"resource_name {name}" in told and "owner_id 0" in told

@@ -14,8 +14,7 @@ from storage_pool import merge as mg
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
 from storage_pool.errors import Illegal, MetadataError, NotFound
-from storage_pool.ids import BLANK, make_id
-from storage_pool.relink import backing_of, set_backing
+from storage_pool.ids import make_id
 from storage_pool.testing.killing import Killed, KillingDomain
 
 MIB = 1 << 20
@@ -291,40 +290,6 @@ def test_a_missing_parent_and_a_damaged_record_are_named(file_domain, token):
     assert any("is missing" in text for text in texts) and any("breaks at" in text for text in texts)
     with pytest.raises(NotFound):
         ig.ImageGroup.load(domain, make_id())
-
-
-def test_i5_a_backing_name_changes_with_one_sector(file_domain, token):
-    domain = file_domain()
-    image, volumes, _ = chain_of(domain, token, 3)
-    storage = domain.open_volume(volumes[2], writable=True)
-
-    class Watched:
-        def __init__(self):
-            self.writes = []
-
-        def __getattr__(self, name):
-            return getattr(storage, name)
-
-        def write(self, offset, buffers):
-            before = bytearray(CLUSTER)
-            storage.read_into(0, [before])
-            self.writes.append((offset, sum(map(len, buffers)), bytes(before)))
-            storage.write(offset, buffers)
-
-    for name, fmt in ((volumes[0], "qcow2"), (volumes[1], "raw"), (make_id(), "qcow2"), ("x" * 500, "qcow2")):
-        watched = Watched()
-        old = backing_of(storage)
-        set_backing(watched, name, fmt)
-        assert backing_of(storage) == (name, fmt) != old
-        placed, published = watched.writes
-        assert published[1] == 512 and (published[0] == 0)
-        assert placed[0] >= 512
-    before = backing_of(storage)
-    watched = Watched()
-    set_backing(watched, *before)
-    assert watched.writes == []
-    storage.close()
-    assert domain.record(volumes[0]).parent == BLANK and image
 
 
 @pytest.mark.real("qemu-img")

@@ -10,7 +10,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 
-from qcowlib._ondisk cimport QC_NO_OFFSET, RUN_COMPRESSED
+from qcowlib._ondisk cimport QC_NO_OFFSET, RUN_COMPRESSED, RUN_HOLE, RUN_SPARSE, RUN_ZERO
 
 
 cdef int rv_append(RunVec *v, int kind, uint64_t guest, uint64_t length, uint64_t host, int layer) noexcept nogil:
@@ -94,3 +94,95 @@ cdef class RunList:
         while index < self.v.count:
             yield self[index]
             index += 1
+
+
+cdef enum:
+    LINE = 192             # no line of a map is longer
+    ZERO_FLAG = 1
+    DATA_FLAG = 2
+    PRESENT_FLAG = 4
+
+cdef extern from "<stdio.h>" nogil:
+    int snprintf(char *buf, size_t size, const char *format, ...)
+
+
+cdef class MapText:
+    """The lines of ``map --output=json``, from the runs of a chain in order.
+
+    *plain* has one byte for each layer: 1 where data has an offset that means
+    something to others (not encrypted).
+    """
+
+    cdef Run last
+    cdef int last_flags
+    cdef bint any
+    cdef bytes plain
+
+    def __cinit__(self, bytes plain not None):
+        self.plain = plain
+
+    def feed(self, RunList runs not None):
+        """Return the lines that *runs* completes, each with ``,`` and a line end behind it."""
+        cdef size_t i, used = 0, room = (runs.v.count + 1) * LINE
+        cdef Run *run
+        cdef uint64_t host
+        cdef int flags
+        cdef char *out = <char *> malloc(room)
+        if out == NULL:
+            raise MemoryError()
+        try:
+            for i in range(runs.v.count):
+                run = &runs.v.runs[i]
+                host = run.host
+                flags = self._flags(run, &host)
+                if self.any and self._continues(run, flags, host):
+                    self.last.length += run.length
+                    continue
+                if self.any:
+                    used += self._line(out + used, room - used, b",\n")
+                self.last = run[0]
+                self.last.host = host
+                self.last_flags = flags
+                self.any = True
+            return out[:used].decode("ascii")
+        finally:
+            free(out)
+
+    def finish(self):
+        """Return the last line, without a line end; empty when there was no run."""
+        cdef char out[LINE]
+        cdef size_t used
+        if not self.any:
+            return ""
+        used = self._line(out, LINE, b"")
+        self.any = False
+        return out[:used].decode("ascii")
+
+    cdef int _flags(self, Run *run, uint64_t *host) except -1:
+        if run.kind == RUN_HOLE:
+            return ZERO_FLAG
+        if run.kind == RUN_ZERO:
+            return ZERO_FLAG | PRESENT_FLAG
+        if run.kind == RUN_COMPRESSED or not self.plain[run.layer]:
+            host[0] = QC_NO_OFFSET
+        return DATA_FLAG | PRESENT_FLAG | (ZERO_FLAG if run.kind == RUN_SPARSE else 0)
+
+    cdef bint _continues(self, Run *run, int flags, uint64_t host) noexcept:
+        if flags != self.last_flags or run.layer != self.last.layer:
+            return False
+        if self.last.host == QC_NO_OFFSET:
+            return host == QC_NO_OFFSET
+        return host == self.last.host + self.last.length
+
+    cdef size_t _line(self, char *out, size_t room, const char *end) noexcept:
+        cdef int used = snprintf(
+            out, room, b'{ "start": %llu, "length": %llu, "depth": %d, "present": %s, "zero": %s, "data": %s',
+            <unsigned long long> self.last.guest, <unsigned long long> self.last.length, self.last.layer,
+            b"true" if self.last_flags & PRESENT_FLAG else b"false",
+            b"true" if self.last_flags & ZERO_FLAG else b"false",
+            b"true" if self.last_flags & DATA_FLAG else b"false",
+        )
+        if self.last.host != QC_NO_OFFSET:
+            used += snprintf(out + used, room - used, b', "offset": %llu', <unsigned long long> self.last.host)
+        used += snprintf(out + used, room - used, b"}%s", end)
+        return used

@@ -11,18 +11,20 @@ The segment array of a layer is replaced, never changed, so that a reader
 without the GIL sees the old one or the new one.
 """
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EINTR, EIO, EINVAL, errno
+from libc.errno cimport ENXIO, EINTR, EIO, EINVAL, errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 from posix.types cimport off_t
 
-from qcowlib._extent cimport Run, RunList, RunVec
+from qcowlib._extent cimport Run, RunList, RunVec, rv_append
 from qcowlib._ondisk cimport RUN_COMPRESSED, RUN_DATA
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buf, size_t count, off_t offset)
     ssize_t pwrite(int fd, const void *buf, size_t count, off_t offset)
+    off_t lseek(int fd, off_t offset, int whence)
+    int SEEK_DATA, SEEK_HOLE
 
 cdef extern from *:
     """
@@ -258,3 +260,60 @@ cdef class LayerFds:
                     layer[0] = run.layer
                     return code
         return 0
+
+    def refine(self, RunList runs not None, bytes holes not None, RunList out not None):
+        """Append *runs* to *out* with the holes of the file system as runs of their own.
+
+        *holes* has one byte for each layer: the kind that a hole in its data
+        is, 0 where that is not asked.  Such a layer must be one whole file.
+        Returns errno, 0 when all went well.
+        """
+        cdef size_t i
+        cdef int code = 0
+        cdef Run *run
+        cdef char *kinds = holes
+        if len(holes) < self.count:
+            raise ValueError("one kind for each layer")
+        for i in range(runs.v.count):
+            run = &runs.v.runs[i]
+            if run.kind != RUN_DATA or not kinds[run.layer]:
+                code = rv_append(&out.v, run.kind, run.guest, run.length, run.host, run.layer)
+            else:
+                code = _refine_run(self.layers[run.layer].segs[0].fd, run, kinds[run.layer], &out.v)
+            if code < 0:
+                raise MemoryError()
+            if code:
+                break
+        return code
+
+    def whole_file(self, int layer):
+        """Whether *layer* is one descriptor from its start on."""
+        return (
+            0 <= layer < self.count and self.layers[layer].direct and self.layers[layer].count == 1
+            and self.layers[layer].segs[0].start == 0 and self.layers[layer].segs[0].position == 0
+        )
+
+
+cdef int _refine_run(int fd, Run *run, int hole, RunVec *out) noexcept nogil:
+    """Split one data run by the extents of its file; errno, or -1 without memory."""
+    cdef uint64_t at = run.host, end = run.host + run.length, stop
+    cdef off_t found
+    while at < end:
+        found = lseek(fd, <off_t> at, SEEK_DATA)
+        if found < 0 and errno != ENXIO:
+            return errno
+        stop = end if found < 0 or <uint64_t> found > end else <uint64_t> found
+        if rv_append(out, hole, run.guest + (at - run.host), stop - at, at, run.layer) < 0:
+            return -1
+        at = stop
+        if at >= end:
+            return 0
+        found = lseek(fd, <off_t> at, SEEK_HOLE)
+        if found < 0 and errno != ENXIO:
+            return errno
+        # A file that changes meanwhile still ends the loop: each turn moves on.
+        stop = end if found < 0 or <uint64_t> found > end or <uint64_t> found <= at else <uint64_t> found
+        if rv_append(out, RUN_DATA, run.guest + (at - run.host), stop - at, at, run.layer) < 0:
+            return -1
+        at = stop
+    return 0

@@ -64,3 +64,4 @@ cdef enum RunKind:
     RUN_DATA = 2
     RUN_COMPRESSED = 3
     RUN_END = 4
+    RUN_SPARSE = 5

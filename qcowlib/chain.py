@@ -20,7 +20,6 @@ from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.qcow2.resize import resize
 from qcowlib.qcow2.write import Writer
 from qcowlib.raw import RawImage, RawWriter
-from qcowlib.units import round_up
 
 if TYPE_CHECKING:
     from qcowlib.qcow2.create import Preallocation
@@ -117,41 +116,38 @@ class Chain:
     async def map_range(self, offset: int, length: int) -> RunList:
         """As :meth:`resolve`, with holes that the file systems know about as runs of their own."""
         runs = await self.resolve(offset, length, ahead=True)
-        if any(kind == DATA and self._may_have_holes(layer) for kind, _, _, _, layer in runs):
-            return await self.runtime.io(self._refine, runs)
-        return runs
+        holes = self._hole_kinds()
+        return await self.runtime.io(self._refine, runs, holes) if any(holes) else runs
 
-    def _may_have_holes(self, layer: int) -> bool:
-        image = self.layers[layer]
-        return isinstance(image, RawImage) or image.looks_preallocated()
+    def _hole_kinds(self) -> bytes:
+        """What a hole in the data of each layer means; 0 where none is looked for."""
+        kinds = bytearray(len(self.layers))
+        for number, image in enumerate(self.layers):
+            if isinstance(image, RawImage):
+                kinds[number] = ZERO
+            elif image.looks_preallocated():
+                kinds[number] = SPARSE
+        return bytes(kinds)
 
-    def _refine(self, runs: RunList) -> RunList:
+    def _refine(self, runs: RunList, holes: bytes) -> RunList:
         refined = RunList()
+        fds = self.map.fds
+        if all(not kind or fds.whole_file(number) for number, kind in enumerate(holes)):
+            code = fds.refine(runs, holes, refined)
+            if code == 0:
+                return refined
+            refined.clear()
         for kind, guest, length, host, layer in runs:
-            if kind != DATA or not self._may_have_holes(layer):
+            if kind != DATA or not holes[layer]:
                 refined.add(kind, guest, length, host, layer)
                 continue
-            image = self.layers[layer]
-            hole = ZERO if isinstance(image, RawImage) else SPARSE
-            size = image.data.size
-            inside = min(length, max(size - host, 0))
-            for extent in image.data.extents(host, inside):
-                refined.add(
-                    DATA if extent.kind == "data" else hole,
-                    guest + extent.start - host,
-                    extent.length,
-                    extent.start,
-                    layer,
-                )
-            if inside < length:
-                # A file may end inside its last cluster; clusters behind it are missing, not zero (L10).
-                short = length
-                if isinstance(image, Qcow2Image):
-                    short = min(length, max(round_up(size, image.cluster_size) - host, inside))
-                refined.add(hole, guest + inside, short - inside, host + inside, layer)
-                refined.add(DATA, guest + short, length - short, host + short, layer)
-            if len(refined) > 4 * RUN_LIMIT:
-                break
+            data = self.layers[layer].data
+            inside = min(length, max(data.size - host, 0))
+            for extent in data.extents(host, inside):
+                is_data = extent.kind == "data"
+                at = guest + extent.start - host
+                refined.add(DATA if is_data else holes[layer], at, extent.length, extent.start, layer)
+            refined.add(holes[layer], guest + inside, length - inside, host + inside, layer)
         return refined
 
     # -- reading ---------------------------------------------------------------

@@ -29,7 +29,7 @@ from qcowlib._codec import zstd_version as codec_zstd_version
 from qcowlib._crypt import SectorCipher, expand_tweaks, sector_numbers, xor_into
 from qcowlib._crypt import load as crypt_load
 from qcowlib._deflate import Deflater
-from qcowlib._extent import RunList
+from qcowlib._extent import MapText, RunList
 from qcowlib._io import LayerFds
 from qcowlib._refcount import Refcounts
 from qcowlib._runs import data_clusters
@@ -70,6 +70,7 @@ __all__ = [
     "ClusterMap",
     "Deflater",
     "LayerFds",
+    "MapText",
     "Refcounts",
     "ReferenceCounts",
     "RunList",

@@ -105,11 +105,10 @@ def run(args: Args, console: Console) -> int:
         start = args.number("start") or 0
         limit = args.number("length")
         length = image.size - start if limit is None else min(limit, image.size - start)
-        entries = _merged(_entries(image, start, length), simple=not as_json)
         if as_json:
-            _print_json(entries, start, console)
+            _print_json(image, start, length, console)
         else:
-            _print_human(entries, console)
+            _print_human(_merged(_entries(image, start, length)), console)
     return 0
 
 
@@ -130,11 +129,11 @@ def _entries(image: Image, start: int, length: int) -> Iterator[Entry]:
         )
 
 
-def _merged(entries: Iterator[Entry], *, simple: bool) -> Iterator[Entry]:
-    """Join neighbours; *simple* forgets what the human table does not show."""
+def _merged(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """Join neighbours that differ only in what the table does not show."""
     last: Entry | None = None
     for entry in entries:
-        if simple and (entry.zero or not entry.data):
+        if entry.zero or not entry.data:
             entry.zero, entry.data, entry.present = True, False, True
             entry.offset, entry.file = None, ""
         if last is not None and last.continued_by(entry):
@@ -161,24 +160,16 @@ def _hex(value: int) -> str:
     return f"{value and hex(value):<16}"
 
 
-def _print_json(entries: Iterator[Entry], start: int, console: Console) -> None:
+def _print_json(image: Image, start: int, length: int, console: Console) -> None:
+    from qcowlib.native import MapText
+
+    text = MapText(bytes(layer.plain for layer in image.layers))
     console.out("[")
-    separator = ""
-    for entry in entries:
-        console.out(separator + _object(entry))
-        separator = ",\n"
-    if not separator:
-        console.out(_object(Entry(start, 0)))
-    console.out("]\n")
-
-
-def _object(entry: Entry) -> str:
-    offset = "" if entry.offset is None else f', "offset": {entry.offset}'
-    return (
-        f'{{ "start": {entry.start}, "length": {entry.length}, "depth": {entry.depth}, '
-        f'"present": {_bool(entry.present)}, "zero": {_bool(entry.zero)}, "data": {_bool(entry.data)}{offset}}}'
-    )
-
-
-def _bool(value: bool) -> str:
-    return "true" if value else "false"
+    end = start + max(length, 0)
+    position = start
+    while position < end:
+        runs = image.map(position, end - position)
+        console.out(text.feed(runs))
+        position = runs.end
+    none = f'{{ "start": {start}, "length": 0, "depth": 0, "present": false, "zero": false, "data": false}}'
+    console.out((text.finish() or none) + "]\n")

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from .errors import InvalidName, LvmError, NotFound, printable
+from .errors import InvalidName, LvmError, NoSpace, NotFound, printable
 from .ids import is_id
 from .layout import SPECIAL_VOLUMES
 from .process import Completed, ProcessRunner
@@ -281,8 +281,9 @@ class Lvm:
     def run(self, command: str, *arguments: str, report: bool = False) -> Completed:
         """Run one LVM command whose arguments are safe.
 
-        Raises: LvmError when it fails, after a second try where the list of
-        devices has changed meanwhile.
+        Raises: NoSpace when the group is full, LvmError for any other
+        failure, after a second try where the list of devices has changed
+        meanwhile.
         """
         devices = self._devices()
         done = self._once(command, arguments, devices, report)
@@ -290,7 +291,10 @@ class Lvm:
             # Devices came or went since the list was made.
             done = self._once(command, arguments, wider, report)
         if done.returncode:
-            raise LvmError(f"lvm {command}: {_complaint(done)}", returncode=done.returncode, stderr=_text(done.stderr))
+            text = _text(done.stderr)
+            if "nsufficient free space" in text or "nsufficient suitable allocatable extents" in text:
+                raise NoSpace(f"lvm {command}: {_complaint(done)}")
+            raise LvmError(f"lvm {command}: {_complaint(done)}", returncode=done.returncode, stderr=text)
         return done
 
     # Reports

@@ -3,6 +3,7 @@
 """Life of block domains and of the volumes in them, on real volume groups."""
 
 import contextlib
+import errno
 import os
 
 import pytest
@@ -13,8 +14,8 @@ from storage_pool.errors import (
     AlreadyExists,
     Illegal,
     InvalidName,
-    LvmError,
     MetadataError,
+    NoSpace,
     NotAuthorized,
     NotFound,
     UnsupportedVersion,
@@ -359,8 +360,12 @@ def test_no_change_without_a_valid_token(make, token, runner):
     assert mutations(runner, before) == []
 
 
-def test_no_room_is_an_error_that_names_lvms_reason(make, token):
+def test_a_full_group_is_no_space_and_leaves_nothing(make, token):
     domain = make(count=1)
-    with pytest.raises(LvmError, match=r"lvm lvcreate: .*insufficient free space|lvm lvcreate"):
+    with pytest.raises(NoSpace, match=r"lvm lvcreate: .*nsufficient") as caught:
         domain.allocate(token, make_id(), make_id(), 100 * GIB)
-    assert domain.leftovers() == []
+    assert caught.value.errno == errno.ENOSPC
+    _, volume = add_volume(domain, token)
+    with pytest.raises(NoSpace):
+        domain.extend(token, volume, 100 * GIB)
+    assert domain.leftovers() == [] and domain.size_of(volume) == 128 * MIB

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from qcowlib.errors import GateDenied
+from qcowlib.qcow2.check import check
 from storage_pool import volume as vol
 from storage_pool.errors import AlreadyExists, Illegal, IllegalSpec, MetadataError, NotFound
 from storage_pool.ids import BLANK, make_id
@@ -310,3 +311,25 @@ def test_a_volume_is_made_once(make_domain, token):
     with pytest.raises(AlreadyExists):
         vol.create_volume(token, domain, made, CTIME)
     assert list(domain.entries()) == [made.volume]
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+@pytest.mark.parametrize("version", [3, 5])
+def test_a_cow_volume_shows_nothing_of_the_extents_former_data(block_domain, token, version):
+    domain = block_domain(version)
+    old = add(domain, token, format="RAW", type="PREALLOCATED", capacity=128 * MIB)
+    storage = domain.open_volume(old.volume, writable=True)
+    for at in range(0, 128 * MIB, 4 * MIB):
+        storage.write(at, [b"\xff" * 4 * MIB])
+    storage.flush()
+    storage.close()
+    vol.remove_volumes(token, domain, old.image, [old.volume])
+    made = add(domain, token, capacity=64 * MIB)
+    with vol.open_image(domain, made.volume, writable=True) as image:
+        image.pwrite(b"x" * 10, 100000)
+        image.pwrite(b"y" * 10, 40 * MIB)
+    with vol.open_image(domain, made.volume) as image:
+        data = image.pread(64 * MIB, 0)
+    assert data[100000:100010] == b"x" * 10 and data.count(b"\xff") == 0
+    report = check(domain.open_volume(made.volume))
+    assert report.clean, report

@@ -14,6 +14,7 @@ from qcowlib.gate import deny_all, directories, qemu_like, same_directory
 from qcowlib.image import Image, open
 
 if TYPE_CHECKING:
+    from qcowlib.jobs.commit import commit
     from qcowlib.jobs.compare import compare
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Image",
+    "commit",
     "compare",
     "convert",
     "create",
@@ -32,7 +34,7 @@ __all__ = [
     "same_directory",
 ]
 
-_JOBS = {"compare": "compare", "convert": "convert", "create": "creation", "measure": "measure"}
+_JOBS = {"commit": "commit", "compare": "compare", "convert": "convert", "create": "creation", "measure": "measure"}
 
 
 def __getattr__(name: str) -> object:

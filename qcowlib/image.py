@@ -243,6 +243,20 @@ class Image:
         self._check_writable()
         self._runtime.run(self._chain.resize(size, preallocation=preallocation, shrink=shrink))
 
+    def empty(self) -> None:
+        """Forget all that the top layer holds; only right where the backing file has the same content.
+
+        Raises: UsageError without a backing file, ReadOnly, StorageError.
+        """
+        from qcowlib.qcow2.empty import empty
+        from qcowlib.qcow2.write import Writer
+
+        self._check_writable()
+        writer = self._chain.writer
+        if not isinstance(writer, Writer):
+            raise UsageError("Image does not have a backing file", path=self.path)
+        self._runtime.run(empty(writer))
+
     def flush(self) -> None:
         """Return when everything written before is durable."""
         self._check_open()

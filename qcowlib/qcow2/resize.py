@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qcowlib.qcow2.create import Preallocation
     from qcowlib.qcow2.write import Writer
 
-__all__ = ["resize"]
+__all__ = ["cut_tail", "resize"]
 
 _PIECE = 64 * MiB
 _SIZE_FIELD = (24, 32)
@@ -176,10 +176,10 @@ async def _shrink(writer: Writer, size: int, refresh: Callable[[], None]) -> Non
     if image.data is not image.storage:
         await image.runtime.io(image.data.resize, size)
     else:
-        await _cut_tail(writer)
+        await cut_tail(writer)
 
 
-async def _cut_tail(writer: Writer) -> None:
+async def cut_tail(writer: Writer) -> None:
     """Shorten the file to its last used cluster; block devices keep their size."""
     image = writer.image
     if getattr(image.storage, "is_block", False):

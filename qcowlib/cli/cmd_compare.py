@@ -10,10 +10,19 @@ from __future__ import annotations
 
 from qcowlib.cli import options
 from qcowlib.cli.console import Console, Failure, usage_failure
-from qcowlib.cli.names import image_ref
+from qcowlib.cli.jsonout import pretty
+from qcowlib.cli.names import ImageRef, image_ref
 from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import open_image
 from qcowlib.cli.parser import Args, Command, Option
+from qcowlib.cli.progress import Progress
+from qcowlib.errors import Error, StorageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qcowlib.cli.jsonout import Json
+    from qcowlib.image import Image
+    from qcowlib.jobs.compare import Comparison
 
 __all__ = ["COMMAND", "run"]
 
@@ -39,13 +48,15 @@ COMMAND = Command(
 )
 
 _CANNOT_OPEN = 2
+_CANNOT_READ = 4
+_PROGRESS_STEP = 2.0
 
 
 def run(args: Args, console: Console) -> int:
     """Run ``compare``."""
     if len(args.operands) != 2:
         raise usage_failure("Expecting two image file names")
-    options.wants_json(args)
+    as_json = options.wants_json(args)
     secrets = parse_secrets(args.texts("object"))
     image_opts, shared = args.flag("image-opts"), args.flag("force-share")
     try:
@@ -57,9 +68,56 @@ def run(args: Args, console: Console) -> int:
     except Failure as failure:
         failure.code = _CANNOT_OPEN
         raise
+    progress = Progress(
+        console,
+        args.flag("progress") and not args.flag("quiet"),
+        step=_PROGRESS_STEP,
+        form=options.progress_form(args),
+    )
     first, second = refs
     with (
-        open_image(first, console, secrets=secrets, force_share=shared, cache=cache, code=_CANNOT_OPEN),
-        open_image(second, console, secrets=secrets, force_share=shared, cache=cache, code=_CANNOT_OPEN),
+        open_image(first, console, secrets=secrets, force_share=shared, cache=cache, code=_CANNOT_OPEN) as one,
+        open_image(second, console, secrets=secrets, force_share=shared, cache=cache, code=_CANNOT_OPEN) as two,
     ):
-        raise Failure("Comparing is not supported yet", code=4)
+        progress.report(0)
+        try:
+            found = _compare(one, two, refs, args.flag("strict"), progress)
+            if as_json:
+                console.out(pretty(_json(found)))
+            elif not args.flag("quiet"):
+                console.out(_text(found))
+        finally:
+            progress.end()
+    return 0 if found else 1
+
+
+def _compare(one: Image, two: Image, refs: list[ImageRef], strict: bool, progress: Progress) -> Comparison:
+    from qcowlib.jobs.compare import compare
+
+    try:
+        return compare(one, two, strict=strict, progress=progress.within())
+    except StorageError as error:
+        name = refs[0].text if error.path == one.path else refs[1].text
+        raise Failure(
+            f"Error while reading offset {error.offset or 0} of {name}: {error.strerror}", code=_CANNOT_READ
+        ) from None
+    except Error as error:
+        raise Failure(str(error), code=_CANNOT_READ) from None
+
+
+def _text(found: Comparison) -> str:
+    warning = "Warning: Image size mismatch!\n" if found.size_differs and found.verdict != "size" else ""
+    if found.verdict == "size":
+        return "Strict mode: Image size mismatch!\n"
+    if found.verdict == "status":
+        return f"Strict mode: Offset {found.offset} block status mismatch!\n"
+    if found.verdict == "content":
+        return f"{warning}Content mismatch at offset {found.offset}!\n"
+    return f"{warning}Images are identical.\n"
+
+
+def _json(found: Comparison) -> Json:
+    result: dict[str, Json] = {"identical": bool(found), "verdict": found.verdict, "size-differs": found.size_differs}
+    if found.offset is not None:
+        result["offset"] = found.offset
+    return result

@@ -25,7 +25,7 @@ from qcowlib.errors import Error, StorageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from qcowlib.image import Image
 
@@ -274,7 +274,7 @@ class _Conversion:
             out_of_order=args.flag("out-of-order"),
             salvage=self._salvage if args.flag("salvage") else None,
             cache=cache,  # type: ignore[arg-type]
-            progress=self._progress(progress),
+            progress=progress.within(),
             rate=args.number("rate") or None,
             workers=args.number("workers"),
             **(creation.job_options(values) if values is not None and fresh is None else {}),
@@ -302,18 +302,6 @@ class _Conversion:
         if not self.args.flag("quiet"):
             cause = error.strerror if isinstance(error, StorageError) else error.message
             self.console.warn(f"error while reading offset {offset}: {cause}")
-
-    @staticmethod
-    def _progress(progress: Progress) -> Callable[[int, int], object]:
-        ended = False
-
-        def report(done: int, total: int) -> None:
-            nonlocal ended
-            if 0 < done <= total and not ended:
-                ended = done == total
-                progress.report(done, total)
-
-        return report
 
     def _failure(self, error: Error, *, created: bool) -> Failure:
         text = error.message

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from qcowlib.cli.optlist import OptionList
 
-__all__ = ["encryption_of", "luks_area"]
+__all__ = ["encrypted_bytes", "encryption_of", "luks_area"]
 
 _DEFAULT_TIME = 2000
 
@@ -63,10 +63,7 @@ def luks_area(values: OptionList, prefix: str, secrets: Mapping[str, bytes], *, 
 
     Raises :class:`Failure`, UsageError, UnsupportedFeature, SecretError.
     """
-    for option, known in _CHOICES.items():
-        value = values.text(prefix + option)
-        if value is not None and value not in known.split():
-            raise Failure(f"Parameter '{option}' does not accept value '{value}'")
+    _check_choices(values, prefix)
     phrase = _passphrase(values, prefix, secrets)
     from qcowlib.luks import LuksHeader
 
@@ -81,6 +78,27 @@ def luks_area(values: OptionList, prefix: str, secrets: Mapping[str, bytes], *, 
         host_sectors=host_sectors,
     )
     return area
+
+
+def encrypted_bytes(fmt: str, values: OptionList, secrets: Mapping[str, bytes]) -> int:
+    """Return how long the encryption header of a new image is (0 without one).  Raises :class:`Failure`."""
+    if fmt == "raw" or (fmt == "qcow2" and values.text("encrypt.format") != "luks"):
+        return 0
+    prefix = "" if fmt == "luks" else "encrypt."
+    _check_choices(values, prefix)
+    _passphrase(values, prefix, secrets)
+    from qcowlib.luks import luks_header_length
+
+    return luks_header_length(
+        values.text(f"{prefix}cipher-alg") or "aes-256", values.text(f"{prefix}cipher-mode") or "xts"
+    )
+
+
+def _check_choices(values: OptionList, prefix: str) -> None:
+    for option, known in _CHOICES.items():
+        value = values.text(prefix + option)
+        if value is not None and value not in known.split():
+            raise Failure(f"Parameter '{option}' does not accept value '{value}'")
 
 
 def _passphrase(values: OptionList, prefix: str, secrets: Mapping[str, bytes]) -> bytes:

@@ -20,6 +20,8 @@ from qcowlib.units import human_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qcowlib.cli.console import Console
 
 __all__ = ["Progress"]
@@ -60,6 +62,18 @@ class Progress:
         else:
             self._console.out(f"    ({percent:3.2f}/100%){self._details(percent)}\r")
             self._console.flush()
+
+    def within(self) -> Callable[[int, int], object]:
+        """Return a function for a job's reports; the job's end is passed on once."""
+        ended = False
+
+        def report(done: int, total: int) -> None:
+            nonlocal ended
+            if 0 < done <= total and not ended:
+                ended = done == total
+                self.report(done, total)
+
+        return report
 
     def end(self) -> None:
         """End the line of reports."""

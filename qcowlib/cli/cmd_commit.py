@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from qcowlib.cli import options
 from qcowlib.cli.console import Console, Failure
+from qcowlib.cli.jsonout import pretty
+from qcowlib.cli.names import ImageRef
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import open_image
+from qcowlib.cli.opening import hint_text, open_image, secret_of, tell_probed_raw
 from qcowlib.cli.parser import Args, Command, Option
+from qcowlib.cli.progress import Progress
 from qcowlib.cli.values import size_option
+from qcowlib.errors import Error
 
 __all__ = ["COMMAND", "run"]
 
@@ -48,14 +52,41 @@ COMMAND = Command(
 def run(args: Args, console: Console) -> int:
     """Run ``commit``."""
     ref = options.single_image(args)
-    options.wants_json(args)
+    as_json = options.wants_json(args)
     secrets = parse_secrets(args.texts("object"))
     cache = options.cache_mode(args)
-    with open_image(ref, console, secrets=secrets, writable=True, cache=cache) as image:
-        base = args.text("base")
-        names = [layer.storage.name for layer in image.layers[1:]]
-        if base is not None and base not in names:
-            raise Failure(f"Did not find '{base}' in the backing chain of '{ref.text}'")
-        if not names:
-            raise Failure("Image does not have a backing file")
-        raise Failure("Committing is not supported yet")
+    with open_image(ref, console, secrets=secrets) as image:
+        tell_probed_raw(ref, image, console)
+        size = image.size
+    progress = Progress(
+        console, args.flag("progress") and not args.flag("quiet"), total=size, form=options.progress_form(args)
+    )
+    progress.report(0)
+    try:
+        _commit(ref, args, cache, secret_of(ref, secrets), progress)
+        progress.report(100)
+    finally:
+        progress.end()
+    if as_json:
+        console.out(pretty({"filename": ref.text, "base": args.text("base"), "committed": True}))
+    elif not args.flag("quiet"):
+        console.out("Image committed.\n")
+    return 0
+
+
+def _commit(ref: ImageRef, args: Args, cache: str, secret: bytes | None, progress: Progress) -> None:
+    from qcowlib.jobs.commit import commit
+
+    try:
+        commit(
+            ref.path,
+            format=ref.format,
+            base=args.text("base"),
+            empty=False if args.flag("keep") else None,
+            cache=cache,  # type: ignore[arg-type]
+            secret=secret,
+            progress=progress.within(),
+            rate=args.number("rate") or None,
+        )
+    except Error as error:
+        raise Failure(error.message, hint=hint_text(error)) from None

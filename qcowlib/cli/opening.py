@@ -29,7 +29,9 @@ __all__ = [
     "open_image",
     "open_storage",
     "read_header",
+    "secret_of",
     "tell_lost_bitmaps",
+    "tell_probed_raw",
 ]
 
 _LOST_BITMAPS = (
@@ -121,6 +123,12 @@ def read_header(storage: Storage, fmt: str | None) -> Header | None:
     return Header.parse(bytes(data), size, path=storage.name, no_io=True)
 
 
+def tell_probed_raw(ref: ImageRef, image: Image, console: Console) -> None:
+    """Warn before writing to an image that is raw only because nothing else was recognised."""
+    if ref.format is None and image.format == "raw":
+        console.err(_PROBED_RAW.format(ref.text))
+
+
 def tell_lost_bitmaps(header: Header | None, console: Console) -> None:
     """Warn if the image has bitmaps that can no longer be trusted."""
     if header is not None and header.bitmaps is not None and not header.bitmaps_valid:
@@ -156,8 +164,8 @@ def open_image(
         )
     except Error as error:
         raise open_failure(ref.text, error, code=code) from None
-    if writable and ref.format is None and image.format == "raw":
-        console.err(_PROBED_RAW.format(ref.text))
+    if writable:
+        tell_probed_raw(ref, image, console)
     tell_lost_bitmaps(getattr(image.layers[0], "header", None), console)
     return image
 

@@ -9,6 +9,7 @@ contract sees one edge, and what the engine needs of the core is this list.
 from __future__ import annotations
 
 from qcowlib._build import add_refcount, count_refcounts, fill_entries
+from qcowlib._chain import ChainMap
 from qcowlib._cluster import (
     BAD_COMPRESSED_DATA_FILE,
     BAD_DATA_FILE_OFFSET,
@@ -16,7 +17,6 @@ from qcowlib._cluster import (
     BAD_L2_OFFSET,
     BAD_SUBCLUSTERS,
     BAD_ZERO_V2,
-    ChainMap,
     ClusterMap,
     l2_clear_copied,
     l2_references,

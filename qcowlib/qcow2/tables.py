@@ -28,6 +28,7 @@ __all__ = ["L2Tables", "make_map"]
 
 #: Tables read by one system call when the caller is going through them in order.
 _AHEAD_BYTES = 1 * MiB
+_KEPT_BUFFERS = 4
 
 _MESSAGES = {
     native.BAD_L2_OFFSET: "L2 table offset {value:#x} unaligned (L1 index: {l1:#x})",
@@ -63,7 +64,7 @@ class L2Tables:
     *make_room* is awaited when every cached table is dirty: it must commit.
     """
 
-    __slots__ = ("cmap", "generation", "header", "make_room", "runtime", "storage")
+    __slots__ = ("_buffers", "cmap", "generation", "header", "make_room", "runtime", "storage")
 
     def __init__(self, runtime: Runtime, storage: Storage, header: Header, cmap: ClusterMap) -> None:
         self.runtime = runtime
@@ -72,6 +73,8 @@ class L2Tables:
         self.cmap = cmap
         self.make_room: Callable[[], Awaitable[None]] | None = None
         self.generation: Callable[[], int] = int
+        # Fresh memory costs as much as reading into it: buffers are used again.
+        self._buffers: list[bytearray] = []
 
     def index(self, guest: int) -> int:
         """The L1 index that covers guest offset *guest*."""
@@ -86,17 +89,29 @@ class L2Tables:
             offset, wanted = cmap.missing(index, index + 1 if stop is None else stop, most)
             self._check(offset, index)
             generation = self.generation()
-            data = bytearray(len(wanted) * cluster_size)
-            await self.runtime.io(self.storage.read_into, offset, [data])
-            if generation != self.generation():
-                continue
-            for number, one in enumerate(wanted):
-                if cmap.l1_entry(one) & OFFSET_MASK != offset + number * cluster_size:
-                    break
-                if not cmap.install(one, data, number * cluster_size):
-                    # Only a commit makes tables clean; then the read must be done again.
-                    await self.room()
-                    break
+            length = len(wanted) * cluster_size
+            buffer = self._buffers.pop() if self._buffers else bytearray()
+            if len(buffer) < length:
+                buffer = bytearray(length)
+            await self.runtime.io(self.storage.read_into, offset, [memoryview(buffer)[:length]])
+            full = False
+            if generation == self.generation():
+                full = not self._install(wanted, offset, buffer)
+            if len(self._buffers) < _KEPT_BUFFERS:
+                self._buffers.append(buffer)
+            if full:
+                # Only a commit makes tables clean; then the read must be done again.
+                await self.room()
+
+    def _install(self, wanted: list[int], offset: int, data: bytearray) -> bool:
+        """Take the tables that L1 still names where they were read; false when there is no room."""
+        cluster_size = self.header.cluster_size
+        for number, one in enumerate(wanted):
+            if self.cmap.l1_entry(one) & OFFSET_MASK != offset + number * cluster_size:
+                break
+            if not self.cmap.install(one, data, number * cluster_size):
+                return False
+        return True
 
     async def room(self) -> None:
         """Make at least one cached table clean."""

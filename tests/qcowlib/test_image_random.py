@@ -156,3 +156,19 @@ def test_repair_of_an_open_image_keeps_what_was_written(tmp_path: Path) -> None:
         image.pwrite(b"z" * 100000, 400000)
         assert image.pread(100000, 0) + image.pread(100000, 200000) == b"x" * 100000 + b"y" * 100000
     qemu_img("check", path)
+
+
+def test_many_small_reads_in_one_call(tmp_path: Path) -> None:
+    path, model = make(tmp_path, "cluster_size=4k", 1 << 20, random.Random(7))
+    rng = random.Random(8)
+    Work(path, model, rng).run(30)
+    offsets = [rng.randrange(SIZE - 1000) for _ in range(500)] + [0, 1000, 2000, SIZE - 1000]
+    buffer = bytearray(1000 * len(offsets))
+    with qcowlib.open(path) as image:
+        assert image.preadinto_many(buffer, offsets, 1000) == len(buffer)
+        for number, offset in enumerate(offsets):
+            assert buffer[1000 * number : 1000 * number + 1000] == model[offset : offset + 1000]
+        with pytest.raises(qcowlib.OutOfRange):
+            image.preadinto_many(buffer, [SIZE - 999], 1000)
+        with pytest.raises(qcowlib.UsageError):
+            image.preadinto_many(bytearray(10), [0], 1000)

@@ -29,6 +29,7 @@ CIMPORT_ORDER = (
     {"_io", "_codec", "_deflate", "_crypt"},
     {"_build", "_refcount", "_runs", "_scan"},
     {"_cluster"},
+    {"_chain"},
 )
 CIMPORT_OUTSIDE = ("cython", "cpython", "libc", "posix")
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
     from qcowlib.jobs.measure import measure
+    from qcowlib.jobs.rebase import rebase
 
 __all__ = [
     "Image",
@@ -31,10 +32,18 @@ __all__ = [
     "measure",
     "open",
     "qemu_like",
+    "rebase",
     "same_directory",
 ]
 
-_JOBS = {"commit": "commit", "compare": "compare", "convert": "convert", "create": "creation", "measure": "measure"}
+_JOBS = {
+    "commit": "commit",
+    "compare": "compare",
+    "convert": "convert",
+    "create": "creation",
+    "measure": "measure",
+    "rebase": "rebase",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qcowlib.image import CacheMode
     from qcowlib.opening import Source as OpenSource
 
-__all__ = ["Comparison", "Verdict", "compare"]
+__all__ = ["Comparison", "Verdict", "compare", "part_of", "reads_zero", "runs_to", "same_place"]
 
 Verdict = Literal["identical", "content", "size", "status"]
 
@@ -158,7 +158,7 @@ def _difference(pair: _Pair, buffer: memoryview) -> Comparison | None:
     return Comparison("content", pair.start + (used if zero else start))
 
 
-def _runs(source: Source, end: int) -> Iterator[Run]:
+def runs_to(source: Source, end: int) -> Iterator[Run]:
     """The runs of an image, then zeros up to *end*."""
     image, offset = source.image, 0
     while offset < image.size:
@@ -172,7 +172,7 @@ def _runs(source: Source, end: int) -> Iterator[Run]:
 def _pairs(a: Image, b: Image, strict: bool, most: int) -> Iterator[_Pair]:
     """Yield what must be read; a pair ends where one side's map changes, and at *most* bytes."""
     end = max(a.size, b.size)
-    left_runs, right_runs = _runs(Source(a, 0), end), _runs(Source(b, 0), end)
+    left_runs, right_runs = runs_to(Source(a, 0), end), runs_to(Source(b, 0), end)
     left = right = None
     position = 0
     while position < end:
@@ -184,14 +184,15 @@ def _pairs(a: Image, b: Image, strict: bool, most: int) -> Iterator[_Pair]:
         if strict and _status(left) != _status(right):
             yield _Pair(position, 0, None, None)
             return
-        known = (_reads_zero(left) and _reads_zero(right)) or _same_place(left, right, position)
+        known = (reads_zero(left) and reads_zero(right)) or same_place(left, right, position)
         for start in range(position, position if known else stop, most):
             upto = min(start + most, stop)
-            yield _Pair(start, upto - start, _part(left, start, upto), _part(right, start, upto))
+            yield _Pair(start, upto - start, part_of(left, start, upto), part_of(right, start, upto))
         position = stop
 
 
-def _reads_zero(run: Run) -> bool:
+def reads_zero(run: Run) -> bool:
+    """Whether the map alone tells that *run* reads as zeros."""
     return run.kind not in (DATA, COMPRESSED)
 
 
@@ -203,7 +204,7 @@ def _status(run: Run) -> tuple[bool, bool, bool, bool, bool]:
     return data, zero, run.kind != HOLE, offset, run.start + run.length == run.source.image.size
 
 
-def _same_place(left: Run, right: Run, position: int) -> bool:
+def same_place(left: Run, right: Run, position: int) -> bool:
     """Whether both sides are the same bytes of the same file."""
     if left.kind != right.kind or left.kind != DATA:
         return False
@@ -214,8 +215,9 @@ def _same_place(left: Run, right: Run, position: int) -> bool:
     return left.host + position - left.start == right.host + position - right.start
 
 
-def _part(run: Run, start: int, end: int) -> Part | None:
-    if _reads_zero(run):
+def part_of(run: Run, start: int, end: int) -> Part | None:
+    """Return what to read for [start, end) of *run*; ``None`` for zeros."""
+    if reads_zero(run):
         return None
     runs = RunList()
     clip(run, start, end, runs)

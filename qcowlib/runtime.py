@@ -133,13 +133,33 @@ class AsyncioRuntime:
     of runs, not one cluster.
     """
 
-    __slots__ = ("loop",)
+    __slots__ = ("_cancelled", "_shield", "_wait", "loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        import asyncio
+
         self.loop = loop
+        self._cancelled = asyncio.CancelledError
+        self._shield = asyncio.shield
+        self._wait = asyncio.wait
 
     async def io(self, call: Callable[..., T], *args: object) -> T:
-        return await self.loop.run_in_executor(None, call, *args)
+        """Run *call* in a thread; a cancelled task ends only when the call has returned.
+
+        Otherwise it would still write where its space was given back.
+        """
+        future = self.loop.run_in_executor(None, call, *args)
+        try:
+            return await self._shield(future)
+        except self._cancelled:
+            while not future.done():
+                try:
+                    await self._wait((future,))
+                except self._cancelled:
+                    continue
+            # A failed barrier counts for more than that the caller lost interest.
+            future.result()
+            raise
 
     def queue(self) -> WaitQueue:
         return _AsyncQueue(self.loop)

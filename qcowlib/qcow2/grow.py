@@ -74,6 +74,13 @@ class Allocator:
         """Take back clusters that were never published (a failed operation)."""
         await self.writeback.store.change(offset >> self.writeback.header.cluster_bits, count, False)
 
+    async def release_compressed(self, offset: int, length: int) -> None:
+        """Take back what :meth:`compressed` gave; nothing is packed behind it any more."""
+        bits = self.writeback.header.cluster_bits
+        self.writeback.releases += 1
+        first = offset >> bits
+        await self.writeback.store.change(first, ((offset + length - 1) >> bits) - first + 1, False)
+
     def _add_block(self, index: int) -> None:
         """Make refcount block *index*, at the first cluster it describes."""
         refs = self.writeback.refs

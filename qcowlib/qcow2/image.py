@@ -261,10 +261,13 @@ class Qcow2Image:
     async def finish(self) -> None:
         """Commit everything, postponed refcounts too, and clear the dirty bit."""
         writeback = self.writeback
-        if writeback is None or writeback.failed is not None:
+        if writeback is None:
             return
+        writeback.check()
         await writeback.commit(final=True)
         # Released space was only taken back in memory: that must reach storage too.
         await writeback.commit(final=True)
-        if writeback.dirty_set:
+        if writeback.mend is not None:
+            await writeback.mend()
+        if writeback.dirty_tried and writeback.mend is None:
             await writeback.clear_dirty()

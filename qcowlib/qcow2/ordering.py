@@ -24,7 +24,7 @@ published by this handle any more).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -112,11 +112,16 @@ class Writeback:
         self.unmapped = RunList()
         self.failed: Error | None = None
         self.lazy = header.lazy_refcounts
-        self.dirty_set = False
+        #: The dirty bit is durable; with *dirty_tried* it may be on storage.
+        self.dirty_set = self.dirty_tried = False
+        #: A failed change left COPIED flags that do not fit the counts.  Awaited before the next change of that
+        #: kind and at the end; until it succeeds the dirty bit stays.
+        self.mend: Callable[[], Awaitable[None]] | None = None
         #: Counts the batches of released clusters: what was free to append to may not be ours any more.
         self.releases = 0
         self.on_release: list[Callable[[], None]] = []
         self._queued: tuple[list[Write], list[Write], list[Write]] = ([], [], [])
+        self._fields: list[tuple[int, int]] = []
         self._new_l1 = False
         self._new_refcount_table = False
         self._limbo: list[tuple[RunList, RunList]] = []
@@ -129,9 +134,13 @@ class Writeback:
         """Have *data* written at *offset* with the next commit, in *rank*."""
         self._queued[rank].append((offset, data))
 
-    def queue_fields(self, rank: int, start: int, end: int) -> None:
-        """Have header bytes *start* to *end*, inside the first sector, written as they are now."""
-        self.queue(rank, start, self.header.pack_fields()[start:end])
+    def queue_fields(self, start: int, end: int) -> None:
+        """Publish header bytes *start* to *end*, inside the first sector, as they are when the next commit begins.
+
+        Whoever takes a failed change of the header back needs no more than
+        that: the next commit writes the old fields again.
+        """
+        self._fields.append((start, end))
 
     def move_l1(self) -> None:
         """L1 was given a new place in the header: written whole there, then published (I5)."""
@@ -178,10 +187,11 @@ class Writeback:
         """
         async with self._mutex:
             self.check()
-            if self.lazy and not self.dirty_set and self._published_soon():
-                await self.set_dirty()
             cut = self._collect(final)
             try:
+                # Looked at in the cut: the hit lane may change tables at any time.
+                if self.lazy and not self.dirty_set and not cut.empty:
+                    await self.set_dirty()
                 await self._send(cut)
             except BaseException:
                 for undo in reversed(cut.undo):
@@ -193,14 +203,16 @@ class Writeback:
                 self.store.generation += 1
             await self._reclaim(cut)
 
-    def _published_soon(self) -> bool:
-        return bool(self.cmap.dirty()) or self.cmap.l1_dirty_lo != self.cmap.l1_dirty_hi or any(self._queued)
-
     async def set_dirty(self) -> None:
         """Set the dirty bit durably: refcounts on storage may be stale from now on."""
+        self.dirty_tried = True
         self.header.incompatible_features |= INCOMPAT_DIRTY
-        await self._write(self.storage, 72, self.header.pack_fields()[72:80])
-        await self.barrier()
+        try:
+            await self._write(self.storage, 72, self.header.pack_fields()[72:80])
+            await self.barrier()
+        except BaseException:
+            self.header.incompatible_features &= ~INCOMPAT_DIRTY
+            raise
         self.dirty_set = True
 
     async def clear_dirty(self) -> None:
@@ -208,7 +220,7 @@ class Writeback:
         self.header.incompatible_features &= ~INCOMPAT_DIRTY
         await self._write(self.storage, 72, self.header.pack_fields()[72:80])
         await self.barrier()
-        self.dirty_set = False
+        self.dirty_set = self.dirty_tried = False
 
     async def rewrite(self, writes: list[Write]) -> None:
         """Rewrite whole tables in place now, durably: only flags that the dirty bit excuses may differ."""
@@ -226,6 +238,10 @@ class Writeback:
             ranks[rank].extend(queued)
             undo.append(partial(_put_first, queued, list(queued)))
             queued.clear()
+        fields, packed = list(self._fields), self.header.pack_fields()
+        ranks[PUBLISH].extend((start, packed[start:end]) for start, end in fields)
+        undo.append(lambda: self._fields.extend(fields))
+        self._fields.clear()
         self._join_header(ranks[PUBLISH])
         freed, unmapped = self.freed, self.unmapped
         self.freed, self.unmapped = RunList(), RunList()
@@ -345,39 +361,59 @@ class Writeback:
             ready, self._old_limbo, self._limbo = self._old_limbo, self._limbo, []
         else:
             ready, self._old_limbo, self._limbo = self._old_limbo + self._limbo, [], []
-        for freed, unmapped in ready:
-            await self._punch(unmapped)
-            await self._release(unmapped)
-            await self._release(freed)
+        try:
+            while ready:
+                freed, unmapped = ready.pop()
+                await self._punch(unmapped)
+                await self._release(unmapped, freed)
+        finally:
+            self._limbo.extend(ready)
 
     async def _punch(self, unmapped: RunList) -> None:
         """Give space back to the file system while its count still keeps it from being reused (I4)."""
         bits = self.header.cluster_bits
-        for kind, _, length, host, _ in unmapped:
-            if kind == COMPRESSED:
-                continue
-            start = host
-            for cluster in range(host >> bits, (host + length) >> bits):
-                if await self.store.get(cluster) != 1:
-                    await self._discard(start, (cluster << bits) - start)
-                    start = (cluster + 1) << bits
-            await self._discard(start, host + length - start)
+        try:
+            for kind, _, length, host, _ in unmapped:
+                if kind == COMPRESSED:
+                    continue
+                start = host
+                for cluster in range(host >> bits, (host + length) >> bits):
+                    if await self.store.get(cluster) != 1:
+                        await self._discard(start, (cluster << bits) - start)
+                        start = (cluster + 1) << bits
+                await self._discard(start, host + length - start)
+        except StorageError:
+            # A hint that failed costs space only; the guest's request was carried out.
+            return
 
     async def _discard(self, offset: int, length: int) -> None:
         if length > 0:
             await self.runtime.io(self.storage.discard, offset, length)
 
-    async def _release(self, freed: RunList) -> None:
-        bits = self.header.cluster_bits
+    async def _release(self, *freed: RunList) -> None:
+        """Drop a reference on every run, never twice; what an error leaves over waits for the next commit."""
         self.releases += 1
         for forget in self.on_release:
             forget()
-        for kind, _, length, host, _ in freed:
-            if kind == COMPRESSED:
-                host, length = unpack_compressed(host, bits)
-            first, last = host >> bits, ((host + length - 1) >> bits) + 1
-            await self.store.change(first, last - first, False)
-            if self.cmap.guarded_in(host, length):
-                for cluster in range(first, last):
-                    if await self.store.get(cluster) == 0:
-                        self.cmap.unguard(cluster << bits, 1)
+        runs = [run for part in freed for run in part]
+        try:
+            while runs:
+                kind, _, length, host, _ = runs.pop()
+                await self._release_run(kind, host, length)
+        finally:
+            if runs:
+                rest = RunList()
+                for run in runs:
+                    rest.add(*run)
+                self._limbo.append((rest, RunList()))
+
+    async def _release_run(self, kind: int, host: int, length: int) -> None:
+        bits = self.header.cluster_bits
+        if kind == COMPRESSED:
+            host, length = unpack_compressed(host, bits)
+        first, last = host >> bits, ((host + length - 1) >> bits) + 1
+        await self.store.change(first, last - first, False)
+        if self.cmap.guarded_in(host, length):
+            for cluster in range(first, last):
+                if await self.store.get(cluster) == 0:
+                    self.cmap.unguard(cluster << bits, 1)

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 from qcowlib.driver import DATA
 from qcowlib.errors import CorruptImage, StorageError, UsageError
 from qcowlib.ondisk import MAX_L1_BYTES, l1_entries
-from qcowlib.qcow2.ordering import PUBLISH
 from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qcowlib.qcow2.create import Preallocation
+    from qcowlib.qcow2.image import Qcow2Image
     from qcowlib.qcow2.write import Writer
 
 __all__ = ["cut_tail", "resize"]
@@ -50,20 +50,13 @@ async def resize(
     Raises: UsageError with qemu's words, StorageError.
     """
     image = writer.image
-    header = image.header
-    old = header.size
-    if size % SECTOR:
-        raise UsageError("The new size must be a multiple of 512", path=image.storage.name)
-    if header.version == 2 and header.nb_snapshots:
-        raise UsageError("Can't resize a v2 image which has snapshots", path=image.storage.name)
-    if size < old:
-        if preallocation != "off":
-            raise UsageError("Preallocation can't be used for shrinking an image", path=image.storage.name)
-        if not shrink:
-            raise UsageError("Use the --shrink option to perform a shrink operation.", path=image.storage.name)
+    _check(image, size, preallocation, shrink)
     await image.start_writing()
     await writer.quiesce()
     try:
+        # Another one may have come first.
+        _check(image, size, preallocation, shrink)
+        old = image.header.size
         await image.changing.commit()
         if size >= old:
             await _grow(writer, old, size, backing_size, refresh, preallocation)
@@ -73,12 +66,25 @@ async def resize(
         writer.resume()
 
 
+def _check(image: Qcow2Image, size: int, preallocation: Preallocation, shrink: bool) -> None:
+    header = image.header
+    if size % SECTOR:
+        raise UsageError("The new size must be a multiple of 512", path=image.storage.name)
+    if header.version == 2 and header.nb_snapshots:
+        raise UsageError("Can't resize a v2 image which has snapshots", path=image.storage.name)
+    if size < header.size:
+        if preallocation != "off":
+            raise UsageError("Preallocation can't be used for shrinking an image", path=image.storage.name)
+        if not shrink:
+            raise UsageError("Use the --shrink option to perform a shrink operation.", path=image.storage.name)
+
+
 async def _publish_size(writer: Writer, size: int, refresh: Callable[[], None]) -> None:
     image = writer.image
     old = image.header.size
     image.header.size = size
     try:
-        image.changing.queue_fields(PUBLISH, *_SIZE_FIELD)
+        image.changing.queue_fields(*_SIZE_FIELD)
         await image.changing.commit()
     except BaseException:
         image.header.size = old

@@ -28,7 +28,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qcowlib.driver import COMPRESSED, DATA
-from qcowlib.errors import CorruptImage, UnsupportedFeature, UsageError, printable
+from qcowlib.errors import CorruptImage, Error, UnsupportedFeature, UsageError, printable
 from qcowlib.native import RunList, l2_clear_copied, l2_references
 from qcowlib.ondisk import (
     COPIED,
@@ -41,7 +41,7 @@ from qcowlib.ondisk import (
     unpack_compressed,
 )
 from qcowlib.qcow2.directories import read_snapshots
-from qcowlib.qcow2.ordering import PREPARE, PUBLISH
+from qcowlib.qcow2.ordering import PREPARE
 from qcowlib.units import MiB, round_up
 
 if TYPE_CHECKING:
@@ -77,6 +77,9 @@ async def create_snapshot(writer: Writer, name: str) -> SnapshotEntry:
     change = await _Change.begin(writer)
     try:
         return await change.create(name)
+    except BaseException:
+        await change.recover()
+        raise
     finally:
         change.end()
 
@@ -85,9 +88,11 @@ async def apply_snapshot(writer: Writer, wanted: str, refresh: Callable[[], None
     """Make the guest see snapshot *wanted* (id, else name), its size too; *refresh* tells the chain."""
     change = await _Change.begin(writer)
     try:
-        await change.apply(wanted)
+        await change.apply(wanted, refresh)
+    except BaseException:
+        await change.recover()
+        raise
     finally:
-        refresh()
         change.end()
 
 
@@ -96,6 +101,9 @@ async def delete_snapshot(writer: Writer, wanted: str, *, by_id: bool = True) ->
     change = await _Change.begin(writer)
     try:
         await change.delete(wanted, by_id=by_id)
+    except BaseException:
+        await change.recover()
+        raise
     finally:
         change.end()
 
@@ -107,6 +115,7 @@ class _Change:
         self.writer = writer
         self.image: Qcow2Image = writer.image
         self.entries = entries
+        self._touched = False
 
     @classmethod
     async def begin(cls, writer: Writer) -> _Change:
@@ -120,6 +129,8 @@ class _Change:
             await image.changing.commit(final=True)
             # What that released must be counted on storage before tables are walked.
             await image.changing.commit(final=True)
+            if image.changing.mend is not None:
+                await image.changing.mend()
         except BaseException:
             writer.resume()
             raise
@@ -139,7 +150,7 @@ class _Change:
         await self._clear_flags(l1)
         count = image.cmap.l1_size
         place = await self._space(8 * count)
-        await self._reference(l1)
+        await self._reference(l1, place)
         now = image.runtime.wall_ns()
         entry = SnapshotEntry(
             place,
@@ -153,11 +164,15 @@ class _Change:
         )
         if count:
             image.changing.queue(PREPARE, place, _pack_l1(l1))
-        await self._publish_table([*self.entries, entry])
+        try:
+            await self._publish_table([*self.entries, entry])
+        except BaseException:
+            await self._take_back(l1, place, 8 * count)
+            raise
         await self._unprotect()
         return entry
 
-    async def apply(self, wanted: str) -> None:
+    async def apply(self, wanted: str, refresh: Callable[[], None]) -> None:
         image = self.image
         header, cmap = image.header, image.cmap
         entry = find_snapshot(self.entries, wanted)
@@ -165,6 +180,7 @@ class _Change:
             raise UsageError(f"Can't find snapshot '{printable(wanted)}'", path=_name(image))
         size = header.size if entry.disk_size is None else entry.disk_size
         old_l1 = self._active_l1()
+        old_world = await self._references(old_l1)
         old = (header.l1_table_offset, header.l1_size, header.size)
         new_l1 = await self._snapshot_l1(entry)
         await self._protect()
@@ -172,7 +188,7 @@ class _Change:
         new_l1 = [word & ~COPIED for word in new_l1]
         new_l1 += [0] * (header.l1_size - len(new_l1))
         place = await self._space(8 * len(new_l1))
-        await self._reference(new_l1)
+        await self._reference(new_l1, place)
         for changed in image.on_change:
             changed(0, max(header.size, size))
         # One moment for readers and storage alike: the new L1, then its place and size in one header write.
@@ -180,16 +196,19 @@ class _Change:
         cmap.load_l1(_pack_l1(new_l1))
         cmap.guard_tables()
         image.reader.forget()
+        refresh()
         try:
             image.changing.move_l1()
-            image.changing.queue_fields(PUBLISH, *_L1_FIELDS)
-            image.changing.queue_fields(PUBLISH, *_SIZE_FIELD)
+            image.changing.queue_fields(*_L1_FIELDS)
+            image.changing.queue_fields(*_SIZE_FIELD)
             await image.changing.commit(final=True)
         except BaseException:
             header.l1_table_offset, header.l1_size, header.size = old
             cmap.load_l1(_pack_l1(old_l1))
+            refresh()
+            await self._take_back(new_l1, place, 8 * len(new_l1))
             raise
-        await self._dereference(old_l1)
+        self._release(old_world)
         self._free(old[0], 8 * old[1])
         await self._unprotect()
 
@@ -199,9 +218,10 @@ class _Change:
         if entry is None:
             raise UsageError("snapshot not found", path=_name(image))
         l1 = await self._snapshot_l1(entry)
+        references = await self._references(l1)
         await self._protect()
         await self._publish_table([other for other in self.entries if other is not entry])
-        await self._dereference(l1)
+        self._release(references)
         self._free(entry.l1_table_offset, 8 * entry.l1_size)
         await image.changing.commit(final=True)
         await image.changing.commit(final=True)
@@ -212,6 +232,7 @@ class _Change:
 
     async def _protect(self) -> None:
         """Say durably that flags and counts may disagree from now on."""
+        self._touched = True
         if self.image.header.version >= 3 and not self.image.changing.dirty_set:
             await self.image.changing.set_dirty()
 
@@ -221,6 +242,21 @@ class _Change:
         await changing.commit(final=True)
         if changing.dirty_set and not changing.lazy:
             await changing.clear_dirty()
+
+    async def recover(self) -> None:
+        """After a failure: what was released goes, flags are right again; else tried again before the next change."""
+        if not self._touched:
+            return
+        changing = self.image.changing
+        changing.mend = self.recover
+        try:
+            await changing.commit(final=True)
+            await changing.commit(final=True)
+            await self._set_flags()
+            await self._unprotect()
+            changing.mend = None
+        except Error:
+            return
 
     async def _space(self, length: int) -> int:
         """Clusters for *length* bytes of table; 0 for an empty one."""
@@ -248,10 +284,11 @@ class _Change:
         old_length = len(pack_snapshots(self.entries, header.size))
         header.snapshots_offset, header.nb_snapshots = place, len(entries)
         try:
-            image.changing.queue_fields(PUBLISH, *_SNAPSHOT_FIELDS)
+            image.changing.queue_fields(*_SNAPSHOT_FIELDS)
             await image.changing.commit(final=True)
         except BaseException:
             header.snapshots_offset, header.nb_snapshots = old
+            self._free(place, len(data))
             raise
         self._free(old[0], old_length if old[1] else 0)
 
@@ -305,8 +342,8 @@ class _Change:
         await image.changing.commit(final=True)
         l1[:] = [word & ~COPIED for word in l1]
 
-    async def _reference(self, l1: list[int]) -> None:
-        """Take one reference on everything that *l1* reaches; on failure on nothing."""
+    async def _reference(self, l1: list[int], place: int) -> None:
+        """Take one reference on everything that *l1* reaches; on failure on nothing, and *place* is released."""
         done: list[tuple[int, int]] = []
         try:
             async for first, count in self._reached(l1):
@@ -315,19 +352,35 @@ class _Change:
         except BaseException:
             for first, count in done:
                 await self.image.changing.store.change(first, count, False)
-            await self._set_flags()
-            await self._unprotect()
+            self._free(place, 8 * len(l1))
             raise
 
-    async def _dereference(self, l1: list[int]) -> None:
-        """Queue the release of everything that *l1* reaches."""
+    async def _take_back(self, l1: list[int], place: int, length: int) -> None:
+        """After a failed publication: release what was taken for it, once the old header fields are durable again.
+
+        If that fails too, what is left are counts that are too high.
+        """
+        self._free(place, length)
+        try:
+            self._release(await self._references(l1))
+        except Error:
+            return
+
+    def _release(self, runs: RunList) -> None:
+        """Queue the release of *runs*."""
+        for run in runs:
+            self.image.changing.freed.add(*run)
+
+    async def _references(self, l1: list[int]) -> RunList:
+        """Everything that *l1* reaches.  Read before a publication, so that nothing is left to fail behind it."""
         image = self.image
-        freed = image.changing.freed
+        freed = RunList()
         multiple = _multiplicity(l1)
         async for offset, table in self._tables(l1):
             for _ in range(multiple[offset]):
                 l2_references(table, image.header.cluster_bits, image.header.extended_l2, freed)
                 freed.add(DATA, offset, image.cluster_size, offset)
+        return freed
 
     async def _reached(self, l1: list[int]) -> AsyncIterator[tuple[int, int]]:
         """Yield (first cluster, count) for every reference below *l1*."""

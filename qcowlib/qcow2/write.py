@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 from qcowlib.driver import DATA
-from qcowlib.errors import CorruptImage, UnsupportedFeature, UsageError
+from qcowlib.errors import CorruptImage, OutOfRange, UnsupportedFeature, UsageError
 from qcowlib.locks import Gate, RangeLock
 from qcowlib.native import RunList
 from qcowlib.ondisk import COMPRESSED as COMPRESSED_FLAG
@@ -98,6 +98,8 @@ class Writer:
             size = image.cluster_size
             claim = await self.ranges.acquire(round_down(offset, size), round_up(offset + length, size))
             try:
+                if offset + length > round_up(image.size, size):
+                    raise OutOfRange("the image was made smaller meanwhile", path=image.storage.name)
                 for changed in image.on_change:
                     changed(offset, length)
                 end = offset + length
@@ -126,15 +128,23 @@ class Writer:
         It overwrites in place while nothing structural happens, and allocates
         while no other writer is inside, since it does not know their ranges.
         It is closed for images whose writes must be seen (bitmaps) or changed
-        (encryption) on the way.
+        (encryption) on the way, and beside other writers where these copy what
+        is already in place (subclusters) or write what no entry tells (a raw
+        data file).
         """
         image = self.image
         lane = image.chain_map
         if lane is None:
             return
         simple = image.plain and not image.on_change and image.writeback is not None and not self.gate.closed
-        lane.fast_write = simple and image.writeback is not None and image.writeback.failed is None
-        lane.fast_allocate = lane.fast_write and self.gate.pins == 0
+        alone = self.gate.pins == 0
+        lane.fast_write = (
+            simple
+            and image.writeback is not None
+            and image.writeback.failed is None
+            and (alone or not (image.cmap.extended or image.header.data_file_raw))
+        )
+        lane.fast_allocate = lane.fast_write and alone
         lane.set_refs(image.writeback.refs if image.writeback is not None else None)
 
     # -- tables ----------------------------------------------------------------
@@ -450,8 +460,12 @@ class Writer:
         if entry & (OFFSET_MASK | COMPRESSED_FLAG):
             raise UsageError("compressed data can only be written where nothing is allocated", path=image.storage.name)
         place = await image.allocation.compressed(len(packed))
-        await image.runtime.io(image.data.write, place, [packed])
-        await self.own_table(offset)
+        try:
+            await image.runtime.io(image.data.write, place, [packed])
+            await self.own_table(offset)
+        except BaseException:
+            await image.allocation.release_compressed(place, len(packed))
+            raise
         image.cmap.set_entry(
             offset, COMPRESSED_FLAG | pack_compressed(place, len(packed), image.header.cluster_bits), 0
         )

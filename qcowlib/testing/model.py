@@ -121,7 +121,7 @@ class GuestModel:
         for sector in sectors:
             writes = self._writes[sector]
             before[sector] = len(writes)
-            new = values if values is not None else writes[-1].values | {_ZERO}
+            new = values if values is not None else self._allowed(sector, issued, issued) | {_ZERO}
             writes.append(_Write(issued, _FOREVER, new))
         yield
         done = self.log.position
@@ -160,7 +160,9 @@ class GuestModel:
     def snapshot(self, name: str) -> Iterator[None]:
         """An internal snapshot of what is there now; made, with the guest data durable, when it returns."""
         asked = self.log.mark(f"snapshot {name}")
-        frozen = self._snapshots[name] = _Snapshot(asked, [writes[-1].values for writes in self._writes])
+        # Of a change that failed anything may be there: all values since the last one that returned.
+        versions = [self._allowed(sector, asked, asked) for sector in range(len(self._writes))]
+        frozen = self._snapshots[name] = _Snapshot(asked, versions)
         yield
         frozen.made = self.log.position
         self._flushes.append((asked, self.log.position))
@@ -174,9 +176,12 @@ class GuestModel:
         self._reverts.append((begin, _FOREVER, versions))
         for sector, values in enumerate(versions):
             self._writes[sector].append(_Write(begin, _FOREVER, values))
-        yield
-        end = self.log.position
-        self._reverts[index] = (begin, end, versions)
+        try:
+            yield
+        finally:
+            # A failed one is over too, with either outcome; what follows is not a part of it.
+            end = self.log.position
+            self._reverts[index] = (begin, end, versions)
         for sector, writes in enumerate(self._writes):
             writes[-1] = _Write(begin, end, versions[sector])
         self._flushes.append((end, end))

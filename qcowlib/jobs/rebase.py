@@ -152,7 +152,10 @@ def _copy_difference(
 
 def _copy(image: Image, new: Image | None, control: Control) -> None:
     top = image.layers[0]
-    unit = top.header.subcluster_size if isinstance(top, Qcow2Image) else SECTOR
+    unit, zero_unit = SECTOR, 0
+    if isinstance(top, Qcow2Image):
+        unit = top.header.subcluster_size
+        zero_unit = unit if top.header.version > 2 else 0
     half = BUFFER // 2
     zeros = memoryview(bytes(half))
 
@@ -164,10 +167,12 @@ def _copy(image: Image, new: Image | None, control: Control) -> None:
                 _read(part, views[number], number == 0)
         with turn:
             for start, end in _differing(views[0], views[1], piece.start, unit):
-                if piece.old is None:
-                    image.zero(end - start, piece.start + start)
+                at = piece.start + start
+                # Zeros must be stored: what reads as zeros now need not on the new backing file.
+                if piece.old is None and zero_unit and not (at | (end - start)) % zero_unit:
+                    image.zero(end - start, at)
                 else:
-                    image.pwrite(views[0][start:end], piece.start + start)
+                    image.pwrite(views[0][start:end], at)
         return piece.length
 
     control.begin(image.size)

@@ -102,6 +102,15 @@ def test_session_goes_on_with_the_new_header(tmp_path: Path) -> None:
     assert content(tmp_path / "top") == b"b" * MiB
 
 
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_zeros_of_the_old_base_hide_data_of_the_new_one(tmp_path: Path, compat: str) -> None:
+    (tmp_path / "old").write_bytes(bytes(MiB))
+    (tmp_path / "new").write_bytes(b"n" * (MiB - 512))
+    qcowlib.create(tmp_path / "top", MiB, backing="old", backing_format="raw", compat=compat)
+    rebase(tmp_path / "top", "new", "raw")
+    assert content(tmp_path / "top") == bytes(MiB)
+
+
 @pytest.mark.parametrize(
     ("name", "format", "message"),
     [

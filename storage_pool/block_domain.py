@@ -30,6 +30,7 @@ from .errors import AlreadyExists, Illegal, MetadataError, NotFound
 from .ids import BLANK, check_id, is_id
 from .lease_records import SafeleaseTag, lockspace_area, read_leader, resource_area, write_area
 from .leases import Lease, LeaseArea
+from .limits import check_metadata_room, group_warnings
 from .lvm import Lv, Lvm, VgState
 from .metadata_domain import LATEST_VERSION, DomainMetadata, pack_v1, unpack_v1, v1_slot
 from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse
@@ -42,13 +43,6 @@ if TYPE_CHECKING:
     from .token import SpmToken
 
 __all__ = ["BlockDomain"]
-
-#: Below these a group's metadata areas are a reason to warn.
-MDA_SIZE_MIN: Final = 64 * MiB
-MDA_FREE_PERCENT: Final = 20
-#: Logical volumes of a domain above which commands get slow, and devices.
-LV_WARNING: Final = 350
-PV_WARNING: Final = 300
 
 
 def open_logical_volume(lvm: Lvm, state: VgState, name: str, *, writable: bool = False) -> Storage:
@@ -205,20 +199,7 @@ class BlockDomain:
 
     def warnings(self) -> list[str]:
         """Return what is worth telling people about the group, each with its figure."""
-        vg = self.state.vg
-        found = []
-        if vg.partial:
-            found.append(f"{vg.missing_pv_count} physical volumes are missing")
-        if vg.mda_size < MDA_SIZE_MIN:
-            found.append(f"metadata areas of {vg.mda_size >> 20} MiB are smaller than {MDA_SIZE_MIN >> 20} MiB")
-        # LVM keeps old and new text, so it reports half of an empty area as free.
-        if vg.mda_free * 100 < vg.mda_size // 2 * MDA_FREE_PERCENT:
-            found.append(f"only {vg.mda_free >> 10} KiB of the metadata areas are free")
-        if vg.lv_count > LV_WARNING:
-            found.append(f"{vg.lv_count} logical volumes, more than the {LV_WARNING} that are advised")
-        if vg.pv_count > PV_WARNING:
-            found.append(f"{vg.pv_count} devices, more than the {PV_WARNING} that are advised")
-        return found
+        return group_warnings(self.state.vg)
 
     # Listing
 
@@ -334,6 +315,7 @@ class BlockDomain:
         check_id(volume, "volume UUID")
         if volume in self.state.lvs:
             raise AlreadyExists(f"the volume {volume} exists", path=self._name)
+        check_metadata_room(self.state.vg)
         version = self.metadata.version
         if version:
             with self._slot_lock:

@@ -215,10 +215,21 @@ def extend_block_domain(token: SpmToken, domain: BlockDomain, devices: Sequence[
     present = {pv.name for pv in domain.state.pvs.values()}
     if twice := present & set(devices):
         raise InvalidName("the device belongs to the domain already", path=min(twice))
+    _check_mapping_room(domain, devices)
     token.check()
     domain.lvm.extend_group(domain.uuid, devices, force=force)
     domain.changed()
     repair_mapping(token, domain)
+
+
+def _check_mapping_room(domain: BlockDomain, devices: Sequence[str]) -> None:
+    """Refuse devices that the 2048 bytes of a version 0 domain cannot name, before LVM has them."""
+    if domain.metadata.version:
+        return
+    # A UUID of LVM has 38 characters; six digits of extents are 128 TiB.
+    added = [(os.path.basename(device), "x" * 38, 999_999) for device in devices]
+    entries = mapping_for(domain.metadata.pv_mapping, added)
+    pack_v1({**domain.metadata.raw, **_mapping_values(entries)})
 
 
 def repair_mapping(token: SpmToken, domain: BlockDomain) -> bool:

@@ -4,8 +4,8 @@
 
 Invariant: never a shell; the environment is built, not inherited; every run
 has a deadline after which the whole process group is killed; what is kept of
-the output is bounded.  This is the only module of the package that may start
-processes.
+the output is bounded, and so is the number of processes at once.  This is the
+only module of the package that may start processes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -24,6 +25,8 @@ __all__ = ["Completed", "ProcessRunner", "SystemRunner"]
 
 #: Bytes kept of each output stream; a report of 2,000 volumes is about 2 MB.
 OUTPUT_LIMIT = 64 << 20
+#: Processes of one runner at once; more LVM commands only wait for each other's locks.
+PROCESS_LIMIT = 10
 
 
 class Completed(NamedTuple):
@@ -63,12 +66,13 @@ class ProcessRunner(Protocol):
 
 
 class SystemRunner:
-    """The real one."""
+    """The real one; runs *limit* programs at once, further callers wait."""
 
-    __slots__ = ("_env",)
+    __slots__ = ("_env", "slots")
 
-    def __init__(self, path: str = "/usr/sbin:/usr/bin:/sbin:/bin") -> None:
+    def __init__(self, path: str = "/usr/sbin:/usr/bin:/sbin:/bin", *, limit: int = PROCESS_LIMIT) -> None:
         self._env = {"PATH": path, "LC_ALL": "C"}
+        self.slots = threading.BoundedSemaphore(limit)
 
     def run(
         self,
@@ -80,7 +84,7 @@ class SystemRunner:
     ) -> Completed:
         """See :meth:`ProcessRunner.run`."""
         variables = {**self._env, **(env or {})}
-        with contextlib.ExitStack() as stack:
+        with self.slots, contextlib.ExitStack() as stack:
             # Files instead of pipes: a program with much to say on two
             # descriptors cannot block, and nothing has to be read meanwhile.
             out, err, report = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))

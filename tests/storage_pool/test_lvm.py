@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """LVM: what is run, what is read, and real volume groups on loop devices."""
 
+import os
+import threading
+
 import pytest
 
 from storage_pool.errors import InvalidName, LvmError, NoSpace, NotFound
 from storage_pool.ids import BLANK, make_id
 from storage_pool.layout import volume_tags
 from storage_pool.lvm import Lvm, LvmHost
+from storage_pool.process import SystemRunner
 from storage_pool.testing.lvm import local_lvm, loop_devices
 from storage_pool.testing.process import ScriptedRunner, completed
 
@@ -183,3 +187,27 @@ def test_without_device_mapper_nothing_is_activated():
     lvm.activate(make_id(), [make_id()])
     lvm.refresh(make_id(), make_id())
     assert not runner.runs
+
+
+def test_bd20_at_most_so_many_programs_run_at_once(tmp_path):
+    runner = SystemRunner(limit=2)
+    gate, told = tmp_path / "gate", tmp_path / "told"
+    ends = {}
+    for fifo in (gate, told):
+        os.mkfifo(fifo)
+        ends[fifo] = os.open(fifo, os.O_RDWR)
+    script = ["sh", "-c", f"echo > {told}; read line < {gate}"]
+    threads = [threading.Thread(target=runner.run, args=(script,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    # Two said that they run; the third has no slot and cannot.
+    assert [os.read(ends[told], 1) for _ in range(2)] == [b"\n"] * 2
+    assert not runner.slots.acquire(blocking=False)
+    os.write(ends[gate], b"\n")
+    assert os.read(ends[told], 1) == b"\n"
+    os.write(ends[gate], b"\n\n")
+    for thread in threads:
+        thread.join()
+    for end in ends.values():
+        os.close(end)
+    assert [runner.slots.acquire(blocking=False) for _ in range(3)] == [True, True, False]

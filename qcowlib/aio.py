@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from qcowlib import api
@@ -39,12 +40,15 @@ if TYPE_CHECKING:
     from qcowlib.info import ImageInfo
     from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
+    from qcowlib.qcow2.bitmap import Bitmap
+    from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.check import Report
     from qcowlib.qcow2.create import Preallocation
 
 __all__ = ["Image", "open"]
 
 _INLINE = 65536
+_BATCH = 4096
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -202,6 +206,60 @@ class Image:
         if not isinstance(self._chain.writer, Writer):
             raise UnsupportedFeature("raw images have no snapshots", path=self.path)
         return self._chain.writer
+
+    # -- persistent dirty bitmaps ----------------------------------------------
+
+    async def bitmaps(self) -> list[Bitmap]:
+        """Return the persistent bitmaps; empty for raw."""
+        self._check()
+        return await self._chain.bitmaps()
+
+    async def bitmap_extents(self, name: str) -> AsyncIterator[tuple[int, int]]:
+        """Yield ``(offset, length)`` of the guest ranges that bitmap *name* has recorded."""
+        self._check()
+        ranges = await self._chain.bitmap_ranges(name)
+        while batch := await self._chain.runtime.io(lambda: list(itertools.islice(ranges, _BATCH))):
+            for pair in batch:
+                yield pair
+
+    async def add_bitmap(self, name: str, granularity: int | None = None, *, disabled: bool = False) -> None:
+        """Make an empty bitmap."""
+        await self._bitmaps().add(name, granularity, disabled=disabled)
+
+    async def remove_bitmap(self, name: str) -> None:
+        """Delete a bitmap."""
+        await self._bitmaps().remove(name)
+
+    async def clear_bitmap(self, name: str) -> None:
+        """Forget what a bitmap has recorded."""
+        await self._bitmaps().clear(name)
+
+    async def enable_bitmap(self, name: str) -> None:
+        """Record changes in a bitmap from now on."""
+        await self._bitmaps().enable(name, True)
+
+    async def disable_bitmap(self, name: str) -> None:
+        """Stop recording changes in a bitmap."""
+        await self._bitmaps().enable(name, False)
+
+    async def merge_bitmap(self, target: str, source: str, source_image: Image | None = None) -> None:
+        """Set in *target* all that is set in *source*."""
+        other = None
+        if source_image is not None and source_image is not self:
+            other = (source_image.size, await source_image._chain.bitmap_ranges(source))
+        await self._bitmaps().merge_from(target, source, other)
+
+    async def copy_bitmaps(self, source: Image, *, skip_broken: bool = False) -> list[str]:
+        """Add all bitmaps of *source*; returns the names of those left out."""
+        contents: list[tuple[Bitmap, Iterator[tuple[int, int]]]] = []
+        for bitmap in await source.bitmaps():
+            ranges = iter(()) if bitmap.inconsistent else await source._chain.bitmap_ranges(bitmap.name)
+            contents.append((bitmap, ranges))
+        return await self._bitmaps().add_filled(contents, skip_broken=skip_broken)
+
+    def _bitmaps(self) -> BitmapSession:
+        self._check(writing=True)
+        return self._chain.bitmap_session()
 
     # -- ending ----------------------------------------------------------------
 

@@ -13,15 +13,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qcowlib.driver import DATA, HOLE, SPARSE, ZERO
-from qcowlib.errors import CorruptImage, Error, FormatError, StorageError, UsageError
+from qcowlib.errors import CorruptImage, Error, FormatError, StorageError, UnsupportedFeature, UsageError
 from qcowlib.native import ChainMap, LayerFds, RunList
 from qcowlib.ondisk import is_qcow2
+from qcowlib.qcow2.directories import read_bitmaps
 from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.qcow2.resize import resize
 from qcowlib.qcow2.write import Writer
 from qcowlib.raw import RawImage, RawWriter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qcowlib.ondisk import BitmapEntry
+    from qcowlib.qcow2.bitmap import Bitmap
+    from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.create import Preallocation
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
@@ -70,6 +76,8 @@ class Chain:
         if isinstance(self.top, Qcow2Image):
             self.top.chain_map = self.map
             self.writer = Writer(self.top, self.read_into, self.reads_zero, has_backing=len(layers) > 1, punch=punch)
+            if self.top.writable and self.top.header.bitmaps_valid:
+                self.bitmap_session()
         else:
             self.writer = RawWriter(self.top)
 
@@ -197,6 +205,41 @@ class Chain:
         await resize(
             self.writer, size, backing_size=below, refresh=self.refresh, preallocation=preallocation, shrink=shrink
         )
+
+    # -- persistent bitmaps ----------------------------------------------------
+
+    def bitmap_session(self) -> BitmapSession:
+        """What changes the bitmaps of the top layer, and keeps them current."""
+        from qcowlib.qcow2.bitmap_session import session_of
+
+        if not isinstance(self.writer, Writer):
+            raise UnsupportedFeature("raw images have no bitmaps", path=self.top.storage.name)
+        return session_of(self.writer)
+
+    async def bitmaps(self) -> list[Bitmap]:
+        """The persistent bitmaps of the top layer."""
+        from qcowlib.qcow2.bitmap import Bitmap
+
+        return [Bitmap.of(entry) for entry in await self._bitmap_entries()]
+
+    async def _bitmap_entries(self) -> list[BitmapEntry]:
+        top = self.top
+        if not isinstance(top, Qcow2Image):
+            return []
+        if top.tracker is not None:
+            return await self.bitmap_session().listed()
+        return await self.runtime.io(read_bitmaps, top.storage, top.header)
+
+    async def bitmap_ranges(self, name: str) -> Iterator[tuple[int, int]]:
+        """What a bitmap has recorded up to now, as ``(offset, length)``; the iterator blocks."""
+        from qcowlib.qcow2.bitmap import dirty_ranges, find_bitmap, usable
+
+        top, path = self.top, self.top.storage.name
+        entry = usable(find_bitmap(await self._bitmap_entries(), name, path), path)
+        if not isinstance(top, Qcow2Image):
+            return iter(())
+        extra = self.bitmap_session().recorded(entry) if top.tracker is not None else None
+        return dirty_ranges(top.storage, top.header, entry, extra)
 
     async def flush(self) -> None:
         """Make every finished change durable."""

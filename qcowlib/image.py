@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from qcowlib.info import ImageInfo
     from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
+    from qcowlib.qcow2.bitmap import Bitmap
+    from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.check import Report
     from qcowlib.qcow2.create import Preallocation
 
@@ -286,6 +288,72 @@ class Image:
         self._check_open()
         if self.mode == "r+":
             self._runtime.run(self._chain.flush())
+
+    # -- persistent dirty bitmaps ----------------------------------------------
+
+    def bitmaps(self) -> list[Bitmap]:
+        """Return the persistent bitmaps in the order of the directory; empty for raw."""
+        self._check_open()
+        return self._runtime.run(self._chain.bitmaps())
+
+    def bitmap_extents(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield ``(offset, length)`` of the guest ranges that bitmap *name* has recorded, in order, lazily.
+
+        Lengths are whole bits, cut at the end of the image.  Not while bitmaps
+        are being changed.  Raises: UsageError for an unknown or inconsistent one.
+        """
+        self._check_open()
+        return self._runtime.run(self._chain.bitmap_ranges(name))
+
+    def add_bitmap(self, name: str, granularity: int | None = None, *, disabled: bool = False) -> None:
+        """Make an empty bitmap; durable when this returns, as all changes of bitmaps are.
+
+        *granularity*: guest bytes a bit, a power of two from 512 to 2 GiB
+        (default: the cluster size, at least 4 KiB and at most 64 KiB).
+        """
+        self._runtime.run(self._bitmaps().add(name, granularity, disabled=disabled))
+
+    def remove_bitmap(self, name: str) -> None:
+        """Delete a bitmap; the only thing that can be done to an inconsistent one."""
+        self._runtime.run(self._bitmaps().remove(name))
+
+    def clear_bitmap(self, name: str) -> None:
+        """Forget what a bitmap has recorded."""
+        self._runtime.run(self._bitmaps().clear(name))
+
+    def enable_bitmap(self, name: str) -> None:
+        """Record changes in a bitmap from now on."""
+        self._runtime.run(self._bitmaps().enable(name, True))
+
+    def disable_bitmap(self, name: str) -> None:
+        """Stop recording changes in a bitmap."""
+        self._runtime.run(self._bitmaps().enable(name, False))
+
+    def merge_bitmap(self, target: str, source: str, source_image: Image | None = None) -> None:
+        """Set in *target* all that is set in *source*, of this image or another of the same size.
+
+        Granularities may differ.
+        """
+        other = None
+        if source_image is not None and source_image is not self:
+            other = (source_image.size, source_image.bitmap_extents(source))
+        self._runtime.run(self._bitmaps().merge_from(target, source, other))
+
+    def copy_bitmaps(self, source: Image, *, skip_broken: bool = False) -> list[str]:
+        """Add all bitmaps of *source*, with contents, granularity and enabled state, by one change.
+
+        Returns the names of inconsistent ones, which *skip_broken* leaves out;
+        without it they raise UsageError and nothing is changed.
+        """
+        contents = [
+            (bitmap, iter(()) if bitmap.inconsistent else source.bitmap_extents(bitmap.name))
+            for bitmap in source.bitmaps()
+        ]
+        return self._runtime.run(self._bitmaps().add_filled(contents, skip_broken=skip_broken))
+
+    def _bitmaps(self) -> BitmapSession:
+        self._check_writable()
+        return self._chain.bitmap_session()
 
     # -- judging ---------------------------------------------------------------
 

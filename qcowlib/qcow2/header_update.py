@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replacing the header area of an existing image: fields, extensions, backing file name.
 
-What does not fit in the first sector cannot change together with it.  So the
-change takes a way round: the new content is written where the old header does
-not look, and a first sector that points there, and skips the rest, makes it
-the header.  Then the rest is rewritten where nobody looks, and a second write
-of the first sector gives the area its usual form.
+A change inside one sector is one write.  Where the old area or the new one ends
+in the first sector, that sector is the switch.  Else the rest cannot change
+together with it, so the change takes a way round: the new content is written
+where the old header does not look, and a first sector that points there, and
+skips the rest, makes it the header.  Then the rest is rewritten where nobody
+looks, and a second write of the first sector gives the area its usual form.
 
 ======= ============================================== =======
 step    write                                          then
@@ -64,12 +65,18 @@ def write_header(storage: Storage, header: Header) -> None:
     packed = header.pack()
     old = bytearray(header.cluster_size)
     storage.read_into(0, [old])
-    if old == packed:
+    changed = [at for at in range(0, len(packed), SECTOR) if old[at : at + SECTOR] != packed[at : at + SECTOR]]
+    if not changed:
         return
     storage.flush()
-    if old[SECTOR:] != packed[SECTOR:]:
+    if len(changed) == 1:
+        storage.write(changed[0], [packed[changed[0] : changed[0] + SECTOR]])
+        storage.flush()
+        return
+    if _used(bytes(old)) > SECTOR and _used(packed) > SECTOR:
         _detour(storage, header, bytes(old), packed)
-        storage.write(SECTOR, [packed[SECTOR : max(SECTOR, round_up(_used(packed), SECTOR))]])
+    if _used(packed) > SECTOR:
+        storage.write(SECTOR, [packed[SECTOR : round_up(_used(packed), SECTOR)]])
         storage.flush()
     # Invariant: I5
     storage.write(0, [packed[:SECTOR]])

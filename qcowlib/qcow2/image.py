@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from qcowlib.errors import CorruptImage, FormatError, ReadOnly, UnsupportedFeature
 from qcowlib.native import Refcounts
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
 
-__all__ = ["Qcow2Image"]
+__all__ = ["Qcow2Image", "Tracker"]
 
 
 def _allocated_bytes(storage: Storage) -> int | None:
@@ -65,6 +65,22 @@ def count_used(storage: Storage, header: Header, clusters: int, enough: int) -> 
             if used >= enough:
                 break
     return used
+
+
+class Tracker(Protocol):
+    """Who keeps the persistent bitmaps of an image open for writing (:mod:`.bitmap_session`)."""
+
+    async def load(self) -> None:
+        """Before the first change of the session."""
+
+    async def begin(self, *, every: bool = False) -> None:
+        """Before guest data changes, each time: quick, except for the first."""
+
+    async def begin_resize(self) -> None:
+        """Before the size changes; raises UsageError where a bitmap does not allow it."""
+
+    async def save(self) -> None:
+        """After the size changed, and at the end; nobody is writing."""
 
 
 class Qcow2Image:
@@ -107,13 +123,12 @@ class Qcow2Image:
         self._preallocated: bool | None = None
         #: Called before guest bytes [offset, offset + length) change (dirty bitmaps).
         self.on_change: list[Callable[[int, int], None]] = []
-        #: Awaited once, before the first change of the session.
+        #: Keeps persistent bitmaps current; without one, enabled bitmaps are given up by the first write.
+        self.tracker: Tracker | None = None
         self._started = False
         self._start_mutex = Mutex(runtime)
         self.writeback: Writeback | None = None
         self.allocator: Allocator | None = None
-        #: The session keeps bitmaps current itself; otherwise enabled ones are given up by the first write.
-        self.bitmaps_kept = False
 
     # -- opening ---------------------------------------------------------------
 
@@ -207,6 +222,8 @@ class Qcow2Image:
             writeback.chain_map = self.chain_map
             writeback.on_release.append(self.reader.forget)
             await self.runtime.io(self._guard_metadata, store)
+            if self.tracker is not None:
+                await self.tracker.load()
             await self._clear_autoclear(writeback)
             self.tables.make_room = writeback.commit
             self.tables.generation = lambda: store.generation
@@ -232,7 +249,7 @@ class Qcow2Image:
     async def _clear_autoclear(self, writeback: Writeback) -> None:
         header = self.header
         keep = header.autoclear_features & AUTOCLEAR_MASK
-        if keep & AUTOCLEAR_BITMAPS and not self.bitmaps_kept:
+        if keep & AUTOCLEAR_BITMAPS and self.tracker is None:
             keep &= ~AUTOCLEAR_BITMAPS
         if keep != header.autoclear_features:
             header.autoclear_features = keep
@@ -265,8 +282,12 @@ class Qcow2Image:
             return
         writeback.check()
         await writeback.commit(final=True)
-        # Released space was only taken back in memory: that must reach storage too.
-        await writeback.commit(final=True)
+        try:
+            if self.tracker is not None:
+                await self.tracker.save()
+        finally:
+            # Released space was only taken back in memory: that must reach storage too.
+            await writeback.commit(final=True)
         if writeback.mend is not None:
             await writeback.mend()
         if writeback.dirty_tried and writeback.mend is None:

@@ -32,6 +32,7 @@ from qcowlib.driver import COMPRESSED
 from qcowlib.errors import CorruptImage, Error, StorageError
 from qcowlib.native import RunList
 from qcowlib.ondisk import INCOMPAT_DIRTY, OFFSET_MASK, unpack_compressed
+from qcowlib.qcow2.header_update import write_header
 from qcowlib.units import round_up
 
 if TYPE_CHECKING:
@@ -222,6 +223,19 @@ class Writeback:
         await self.barrier()
         self.dirty_set = self.dirty_tried = False
 
+    async def replace_header(self) -> None:
+        """Write the whole header area, durably; everything else is committed and nobody is writing.
+
+        A failure is final: the fields in memory and on storage may differ.
+        """
+        async with self._mutex:
+            self.check()
+            try:
+                await self.runtime.io(write_header, self.storage, self.header)
+            except StorageError as error:
+                self._fail(error)
+                raise
+
     async def rewrite(self, writes: list[Write]) -> None:
         """Rewrite whole tables in place now, durably: only flags that the dirty bit excuses may differ."""
         if writes:
@@ -344,10 +358,13 @@ class Writeback:
                 await self.runtime.io(self.data.flush)
             await self.runtime.io(self.storage.flush)
         except StorageError as error:
-            self.failed = error
-            if self.chain_map is not None:
-                self.chain_map.fast_write = self.chain_map.fast_allocate = False
+            self._fail(error)
             raise
+
+    def _fail(self, error: Error) -> None:
+        self.failed = error
+        if self.chain_map is not None:
+            self.chain_map.fast_write = self.chain_map.fast_allocate = False
 
     # -- reclaim ---------------------------------------------------------------
 

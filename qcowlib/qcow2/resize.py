@@ -57,11 +57,15 @@ async def resize(
         # Another one may have come first.
         _check(image, size, preallocation, shrink)
         old = image.header.size
+        if image.tracker is not None:
+            await image.tracker.begin_resize()
         await image.changing.commit()
         if size >= old:
             await _grow(writer, old, size, backing_size, refresh, preallocation)
         else:
             await _shrink(writer, size, refresh)
+        if image.tracker is not None:
+            await image.tracker.save()
     finally:
         writer.resume()
 

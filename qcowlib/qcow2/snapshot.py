@@ -183,6 +183,8 @@ class _Change:
         old_world = await self._references(old_l1)
         old = (header.l1_table_offset, header.l1_size, header.size)
         new_l1 = await self._snapshot_l1(entry)
+        if image.tracker is not None:
+            await (image.tracker.begin_resize() if size != header.size else image.tracker.begin())
         await self._protect()
         await self._clear_flags(new_l1)
         new_l1 = [word & ~COPIED for word in new_l1]
@@ -211,6 +213,8 @@ class _Change:
         self._release(old_world)
         self._free(old[0], 8 * old[1])
         await self._unprotect()
+        if image.tracker is not None and size != old[2]:
+            await image.tracker.save()
 
     async def delete(self, wanted: str, *, by_id: bool) -> None:
         image = self.image

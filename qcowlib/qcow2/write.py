@@ -95,6 +95,8 @@ class Writer:
         await self.gate.enter()
         self._set_lane()
         try:
+            if image.tracker is not None:
+                await image.tracker.begin()
             size = image.cluster_size
             claim = await self.ranges.acquire(round_down(offset, size), round_up(offset + length, size))
             try:

@@ -31,7 +31,7 @@ PATH=$build/bin:$PATH
 export PATH
 
 cd "$build"
-[ $# -gt 0 ] || set -- "$root/tests/qcowlib"
+[ $# -gt 0 ] || set -- "$root/tests/qcowlib" --ignore "$root/tests/qcowlib/cli" --durations 10
 LD_PRELOAD=$(gcc -print-file-name=libasan.so) \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:handle_segv=1 \
     UBSAN_OPTIONS=print_stacktrace=1 \

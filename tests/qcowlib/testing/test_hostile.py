@@ -13,6 +13,9 @@ import pytest
 from qcowlib.testing.hostile import HostileCase, hostile_cases, materialize
 from qcowlib.testing.reference import ReferenceError, RefImage, reference_check, reference_read
 
+# Programs under a limit of address space, which a sanitizer's shadow exceeds.
+pytestmark = [pytest.mark.bare, pytest.mark.real("qemu-img")]
+
 CASES = hostile_cases()
 LIMITS = ["prlimit", "--as=4000000000", "--cpu=10"]
 

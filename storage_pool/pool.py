@@ -10,7 +10,7 @@ pool manager that is not newer than the stored one is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import metadata_domain as md
@@ -22,7 +22,7 @@ from .ids import check_id
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["StoragePool"]
+__all__ = ["StoragePool", "find_master"]
 
 AnyDomain = FileDomain | BlockDomain
 
@@ -82,6 +82,43 @@ class StoragePool:
         if master_version is not None and view.master_version != master_version:
             raise Illegal(f"the master has version {view.master_version}, not {master_version}", path=master.name)
         return cls(uuid, master)
+
+    @classmethod
+    def reconstruct(
+        cls,
+        token: SpmToken,
+        uuid: str,
+        name: str,
+        domain: AnyDomain,
+        members: Mapping[str, str],
+        *,
+        master_version: int,
+    ) -> StoragePool:
+        """Make *domain* the master of a pool whose master is lost.
+
+        *members* is what the caller knows of the pool (status by UUID),
+        *master_version* a number above that of the lost master, which is
+        refused from then on wherever it comes back (:meth:`repair_role`).
+        The keys of *domain* are the commit; its pool keys, if any, give way.
+
+        Raises: Illegal for no data domain, one of another pool, or a version
+        that is not newer than its own; NotFound when it is no member.
+        """
+        check_id(uuid, "pool UUID")
+        view = domain.metadata
+        if view.domain_class != md.DATA:
+            raise Illegal("the master of a pool is a data domain", path=domain.name)
+        if domain.uuid not in members:
+            raise NotFound(f"the domain {domain.uuid} is no member of the pool", path=uuid)
+        _check_free(domain, uuid)
+        if master_version <= max(view.master_version, 0):
+            raise Illegal(f"master version {master_version} is not above {view.master_version}", path=domain.name)
+        values = md.new_pool_values(domain.uuid, name, master_version, view.version)
+        values["POOL_DOMAINS"] = md.encode_pool_domains({**members, domain.uuid: md.ACTIVE})
+        if isinstance(domain, FileDomain):
+            domain.become_master(token)
+        domain.change(token, {**values, "ROLE": md.MASTER, "POOL_UUID": uuid})
+        return cls(uuid, domain)
 
     @property
     def members(self) -> dict[str, str]:
@@ -160,6 +197,7 @@ class StoragePool:
         self._require(domain.uuid)
         if self.uuid not in domain.metadata.pools:
             raise Illegal("the domain does not name this pool", path=domain.name, hint="Attach it again.")
+        self.repair_role(token, domain)
         self._write(token, {**self.members, domain.uuid: md.ACTIVE})
 
     def deactivate(self, token: SpmToken, uuid: str) -> None:
@@ -171,6 +209,24 @@ class StoragePool:
         if uuid == self.master.uuid:
             raise Illegal("the master is active as long as the pool", path=self.uuid, hint="Move the master first.")
         self._write(token, {**self.members, uuid: md.ATTACHED})
+
+    def repair_role(self, token: SpmToken, domain: AnyDomain) -> bool:
+        """Make a former master that came back an ordinary member; returns whether it was one.
+
+        Raises: Illegal when its master version is above this pool's: then this master is the former one.
+        """
+        view = domain.metadata
+        if domain.uuid == self.master.uuid or view.role != md.MASTER or self.uuid not in view.pools:
+            return False
+        if view.master_version > self.master.metadata.master_version:
+            raise Illegal(
+                f"the domain is master with version {view.master_version}, this pool's is"
+                f" {self.master.metadata.master_version}",
+                path=domain.name,
+                hint="Open the pool by this domain.",
+            )
+        domain.change(token, {"ROLE": md.REGULAR, "MASTER_VERSION": "0"})
+        return True
 
     def set_owner(self, token: SpmToken, host_id: int, lver: int) -> None:
         """Store who manages the pool (-1: nobody) and the number of the term.
@@ -211,6 +267,12 @@ class StoragePool:
             raise Illegal(f"the pool has {len(others)} other members", path=self.uuid, hint="Detach them first.")
         changes: dict[str, str | None] = dict.fromkeys(md.POOL_KEYS)
         self.master.change(token, {**changes, "POOL_UUID": "", "ROLE": md.REGULAR})
+
+
+def find_master(uuid: str, domains: Iterable[AnyDomain]) -> AnyDomain | None:
+    """Return the master of a pool among *domains*: of several, after a cut, the one with the highest version."""
+    masters = [domain for domain in domains if domain.metadata.role == md.MASTER and uuid in domain.metadata.pools]
+    return max(masters, key=lambda domain: domain.metadata.master_version, default=None)
 
 
 def _check_free(domain: AnyDomain, pool: str) -> None:

@@ -17,7 +17,7 @@ from storage_pool.errors import (
 )
 from storage_pool.file_domain import FileDomain
 from storage_pool.ids import make_id
-from storage_pool.pool import StoragePool
+from storage_pool.pool import StoragePool, find_master
 from storage_pool.testing.golden import rebuild_file_domain
 from storage_pool.testing.killing import Killed, KillingDomain
 
@@ -167,3 +167,56 @@ def test_an_attachment_that_was_cut_is_run_again(file_domain, token, at):
     pool.attach(token, other)
     pool.detach(token, other)
     assert other.metadata.pools == ()
+
+
+def test_a_pool_whose_master_is_lost_is_reconstructed_and_the_old_one_becomes_ordinary(file_domain, token):
+    first, second = file_domain(), file_domain()
+    pool = StoragePool.create(token, make_id(), "p", first, [second])
+    members = pool.members
+    again = StoragePool.reconstruct(token, pool.uuid, "p", second, members, master_version=5)
+    assert again.info()["master_ver"] == 5 and again.members == members and again.info()["spm_id"] == -1
+    assert find_master(pool.uuid, [first, second]) is second
+    assert (Path(second.name) / "master/tasks").is_dir()
+    with pytest.raises(Illegal, match="is master with version 5"):
+        pool.repair_role(token, second)
+    again.activate(token, first)
+    assert (first.metadata.role, first.metadata.master_version) == ("Regular", 0)
+    assert not again.repair_role(token, first)
+    with pytest.raises(Illegal):
+        StoragePool.open(pool.uuid, first)
+
+
+def test_what_cannot_be_the_new_master_is_refused(file_domain, token):
+    first, second, stranger = file_domain(), file_domain(), file_domain()
+    pool = StoragePool.create(token, make_id(), "p", first, [second])
+    other = StoragePool.create(token, make_id(), "q", stranger)
+    with pytest.raises(NotFound):
+        StoragePool.reconstruct(token, pool.uuid, "p", stranger, pool.members, master_version=2)
+    with pytest.raises(Illegal, match="belongs to pool"):
+        StoragePool.reconstruct(token, pool.uuid, "p", stranger, {stranger.uuid: "Active"}, master_version=2)
+    with pytest.raises(Illegal, match="not above"):
+        StoragePool.reconstruct(token, pool.uuid, "p", first, pool.members, master_version=1)
+    assert find_master(other.uuid, [first, second]) is None
+    assert second.metadata.role == "Regular"
+
+
+def test_an_export_domain_belongs_to_one_data_centre_at_a_time(tmp_path, file_domain, token):
+    mount = tmp_path / "export"
+    mount.mkdir()
+    with FileDomain.create(
+        token,
+        str(mount),
+        make_id(),
+        version=0,
+        storage_type="NFS",
+        domain_class="Backup",
+        remote_path="s:/e",
+        ctime=CTIME,
+    ) as export:
+        first, second = (StoragePool.create(token, make_id(), "p", file_domain()) for _ in range(2))
+        first.attach(token, export)
+        with pytest.raises(Illegal, match="belongs to pool"):
+            second.attach(token, export)
+        first.detach(token, export)
+        second.attach(token, export)
+        assert export.metadata.pools == (second.uuid,)

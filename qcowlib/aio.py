@@ -24,7 +24,7 @@ from qcowlib.chain import Chain
 from qcowlib.driver import Extent
 from qcowlib.errors import ReadOnly, UnsupportedFeature, UsageError
 from qcowlib.gate import References, qemu_like
-from qcowlib.image import CacheMode, check_range, run_extents
+from qcowlib.image import check_range, run_extents
 from qcowlib.opening import OpenOptions, open_chain
 from qcowlib.qcow2.directories import read_snapshots
 from qcowlib.qcow2.image import Qcow2Image
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from qcowlib.image import CacheMode
     from qcowlib.info import ImageInfo
     from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source

@@ -10,25 +10,24 @@ ever changed.  A lookup resolves through all layers before any byte is read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
-
 from qcowlib.driver import DATA, HOLE, SPARSE, ZERO
 from qcowlib.errors import CorruptImage, Error, FormatError, StorageError, UnsupportedFeature, UsageError
 from qcowlib.native import ChainMap, LayerFds, RunList
 from qcowlib.ondisk import is_qcow2
 from qcowlib.qcow2.directories import read_bitmaps
 from qcowlib.qcow2.image import Qcow2Image
-from qcowlib.qcow2.resize import resize
-from qcowlib.qcow2.write import Writer
 from qcowlib.raw import RawImage, RawWriter
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Final
 
     from qcowlib.ondisk import BitmapEntry
     from qcowlib.qcow2.bitmap import Bitmap
     from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.create import Preallocation
+    from qcowlib.qcow2.write import Writer
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
 
@@ -43,13 +42,6 @@ RUN_LIMIT: Final = 4096
 _IO_MISSING = -100000  # as _io.pxd
 
 Layer = Qcow2Image | RawImage
-
-
-class _LayerInfo(NamedTuple):
-    name: str
-    format: str
-    size: int
-    storage: Storage
 
 
 class Chain:
@@ -72,20 +64,32 @@ class Chain:
         self.map = ChainMap(maps, [layer.size for layer in layers], fds)
         self.map.fast_read = True
         self.map.fast_write = isinstance(self.top, RawImage) and self.top.writable
-        self.writer: Writer | RawWriter
+        self._punch = punch
+        self._writer: Writer | RawWriter | None = None
         if isinstance(self.top, Qcow2Image):
             self.top.chain_map = self.map
-            self.writer = Writer(self.top, self.read_into, self.reads_zero, has_backing=len(layers) > 1, punch=punch)
             if self.top.writable and self.top.header.bitmaps_valid:
                 self.bitmap_session()
-        else:
-            self.writer = RawWriter(self.top)
 
     @staticmethod
     def _set_fds(fds: LayerFds, number: int, layer: Layer) -> None:
         segments = layer.data.fd_map() if layer.plain else None
         pad = layer.cluster_size if isinstance(layer, Qcow2Image) else 512
         fds.set(number, segments, pad)
+
+    @property
+    def writer(self) -> Writer | RawWriter:
+        """What changes the top layer; made when it is first asked for."""
+        if self._writer is None:
+            if isinstance(self.top, Qcow2Image):
+                from qcowlib.qcow2.write import Writer
+
+                self._writer = Writer(
+                    self.top, self.read_into, self.reads_zero, has_backing=len(self.layers) > 1, punch=self._punch
+                )
+            else:
+                self._writer = RawWriter(self.top)
+        return self._writer
 
     def refresh(self) -> None:
         """The top layer's size, or the place of its bytes, changed."""
@@ -197,14 +201,15 @@ class Chain:
         """Change the size of the top layer."""
         if size < 0:
             raise UsageError("New image size must be positive", path=self.top.storage.name)
-        if isinstance(self.writer, RawWriter):
-            await self.writer.resize(size, preallocation=preallocation, shrink=shrink)
+        writer = self.writer
+        if isinstance(writer, RawWriter):
+            await writer.resize(size, preallocation=preallocation, shrink=shrink)
             self.refresh()
             return
+        from qcowlib.qcow2.resize import resize
+
         below = self.layers[1].size if len(self.layers) > 1 else 0
-        await resize(
-            self.writer, size, backing_size=below, refresh=self.refresh, preallocation=preallocation, shrink=shrink
-        )
+        await resize(writer, size, backing_size=below, refresh=self.refresh, preallocation=preallocation, shrink=shrink)
 
     # -- persistent bitmaps ----------------------------------------------------
 
@@ -212,9 +217,10 @@ class Chain:
         """What changes the bitmaps of the top layer, and keeps them current."""
         from qcowlib.qcow2.bitmap_session import session_of
 
-        if not isinstance(self.writer, Writer):
+        writer = self.writer
+        if isinstance(writer, RawWriter):
             raise UnsupportedFeature("raw images have no bitmaps", path=self.top.storage.name)
-        return session_of(self.writer)
+        return session_of(writer)
 
     async def bitmaps(self) -> list[Bitmap]:
         """The persistent bitmaps of the top layer."""

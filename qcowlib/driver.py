@@ -22,7 +22,14 @@ SPARSE     a data cluster whose bytes are a hole of the file: reads as zeros
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, Literal, NamedTuple
+
+    ExtentKind = Literal["data", "zero", "hole", "compressed", "sparse"]
+else:
+    from qcowlib.records import NamedTuple
+
 
 __all__ = ["COMPRESSED", "DATA", "END", "HOLE", "NO_OFFSET", "SPARSE", "ZERO", "Extent", "ExtentKind"]
 
@@ -34,8 +41,6 @@ END: Final = 4
 SPARSE: Final = 5
 
 NO_OFFSET: Final = (1 << 64) - 1
-
-ExtentKind = Literal["data", "zero", "hole", "compressed", "sparse"]
 
 
 class Extent(NamedTuple):

@@ -13,13 +13,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 from qcowlib.errors import GateDenied, UsageError, printable
 from qcowlib.storage.file import FileStorage, open_beneath
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final, Literal, NamedTuple, Protocol
+
     from qcowlib.storage.base import Storage
+
+    Kind = Literal["backing", "data-file"]
+else:
+    from qcowlib.records import NamedTuple
+
+    Protocol = object
 
 __all__ = [
     "FileName",
@@ -32,7 +40,6 @@ __all__ = [
     "same_directory",
 ]
 
-Kind = Literal["backing", "data-file"]
 
 _MAX_JSON = 4096
 _FILE_DRIVERS: Final = frozenset(("file", "host_device"))

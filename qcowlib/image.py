@@ -9,29 +9,29 @@ decided here.  Any number of threads may use one image.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
 
 from qcowlib.chain import Chain
-from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET, SPARSE, ZERO, Extent, ExtentKind
+from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET, SPARSE, ZERO, Extent
 from qcowlib.errors import OutOfRange, ReadOnly, UnsupportedFeature, UsageError
 from qcowlib.gate import References, qemu_like
 from qcowlib.native import RunList
 from qcowlib.opening import OpenOptions, open_chain
 from qcowlib.qcow2.directories import read_snapshots
 from qcowlib.qcow2.image import Qcow2Image
-from qcowlib.qcow2.snapshot import apply_snapshot, create_snapshot, delete_snapshot
-from qcowlib.qcow2.write import Writer
+from qcowlib.raw import RawWriter
 from qcowlib.runtime import SyncRuntime
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import io
     from types import TracebackType
+    from typing import Literal
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from qcowlib.chain import Layer
+    from qcowlib.driver import ExtentKind
     from qcowlib.info import ImageInfo
     from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
@@ -39,10 +39,12 @@ if TYPE_CHECKING:
     from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.check import Report
     from qcowlib.qcow2.create import Preallocation
+    from qcowlib.qcow2.write import Writer
 
-__all__ = ["CacheMode", "Image", "check_range", "open", "run_extents"]
+    CacheMode = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
 
-CacheMode = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
+__all__ = ["Image", "check_range", "open", "run_extents"]
+
 
 _KINDS: dict[int, ExtentKind] = {
     HOLE: "hole",
@@ -152,6 +154,8 @@ class Image:
         One call for many small reads: threads run in parallel where single
         reads would wait for each other.  Each range must lie inside the image.
         """
+        from array import array
+
         self._check_open()
         view = memoryview(buffer).cast("B")
         size = self._chain.size
@@ -237,7 +241,7 @@ class Image:
         """Store one whole guest cluster compressed, where nothing is allocated yet."""
         self._check_writable()
         writer = self._chain.writer
-        if not hasattr(writer, "write_compressed"):
+        if isinstance(writer, RawWriter):
             raise UsageError("Compression not supported for this file format", path=self.path)
         self._runtime.run(writer.write_compressed(offset, memoryview(data).cast("B")))
 
@@ -275,11 +279,10 @@ class Image:
         Raises: UsageError without a backing file, ReadOnly, StorageError.
         """
         from qcowlib.qcow2.empty import empty
-        from qcowlib.qcow2.write import Writer
 
         self._check_writable()
         writer = self._chain.writer
-        if not isinstance(writer, Writer):
+        if isinstance(writer, RawWriter):
             raise UsageError("Image does not have a backing file", path=self.path)
         self._runtime.run(empty(writer))
 
@@ -381,7 +384,7 @@ class Image:
         if repair is not None:
             self._check_writable()
         writer = self._chain.writer
-        if not isinstance(writer, Writer):
+        if isinstance(writer, RawWriter):
             raise UnsupportedFeature("This image format does not support checks", path=self.path)
         return self._runtime.run(check_open(top, writer, repair))
 
@@ -395,20 +398,26 @@ class Image:
 
     def create_snapshot(self, name: str) -> SnapshotEntry:
         """Take an internal snapshot of what the guest sees now; durable when this returns."""
+        from qcowlib.qcow2.snapshot import create_snapshot
+
         return self._runtime.run(create_snapshot(self._snapshot_writer(), name))
 
     def apply_snapshot(self, wanted: str) -> None:
         """Go back to a snapshot (id, else name), its size too.  The snapshot stays."""
+        from qcowlib.qcow2.snapshot import apply_snapshot
+
         self._runtime.run(apply_snapshot(self._snapshot_writer(), wanted, self._chain.refresh))
 
     def delete_snapshot(self, wanted: str, *, by_id: bool = True) -> None:
         """Delete a snapshot (id unless *by_id* is false, else the first of that name)."""
+        from qcowlib.qcow2.snapshot import delete_snapshot
+
         self._runtime.run(delete_snapshot(self._snapshot_writer(), wanted, by_id=by_id))
 
     def _snapshot_writer(self) -> Writer:
         self._check_writable()
         writer = self._chain.writer
-        if not isinstance(writer, Writer):
+        if isinstance(writer, RawWriter):
             raise UnsupportedFeature("raw images have no snapshots", path=self.path)
         return writer
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, cast
 
 from qcowlib.chain import MAX_DEPTH, Chain, Layer, probe_format
 from qcowlib.errors import CorruptImage, Error, FormatError, ReadOnly, SecretError, UsageError, printable
@@ -25,7 +24,10 @@ from qcowlib.raw import RawImage
 from qcowlib.storage.file import FileStorage
 from qcowlib.units import MiB
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NamedTuple
+
     from qcowlib.crypto import Secret
     from qcowlib.qcow2.read import Cipher
     from qcowlib.runtime import Runtime
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     Passphrase = Secret | str | bytes
     Secrets = Passphrase | Mapping[str, Passphrase]
     Source = str | bytes | os.PathLike[str] | int | Storage | PositionedReader | SeekableReader
+else:
+    from qcowlib.records import NamedTuple
 
 __all__ = ["FORMATS", "OpenOptions", "open_chain", "open_storage"]
 
@@ -64,7 +68,7 @@ def open_storage(source: Source, *, writable: bool, cache: str) -> Storage:
     if isinstance(source, str | bytes | os.PathLike | int):
         return FileStorage.open(source, writable=writable, cache=cache)
     if hasattr(source, "read_into") and hasattr(source, "fd_map"):
-        return cast("Storage", source)
+        return source  # type: ignore[return-value]
     from qcowlib.storage.reader import ReaderStorage
 
     if writable:

@@ -9,11 +9,10 @@ does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qcowlib.errors import UsageError
 from qcowlib.units import SECTOR, round_up
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.qcow2.create import Preallocation
     from qcowlib.runtime import Runtime

@@ -16,21 +16,28 @@ Not here: policy of any kind.  A deterministic runtime for tests is in
 
 from __future__ import annotations
 
-import threading
 import time
+from _thread import allocate_lock
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
+    import threading
+    from _thread import LockType
+    from typing import Any, Protocol, TypeVar
+
+    T = TypeVar("T")
+else:
+    Protocol = object
 
 __all__ = ["AsyncioRuntime", "Runtime", "SyncRuntime", "WaitQueue", "new_condition"]
-
-T = TypeVar("T")
 
 
 def new_condition() -> threading.Condition:
     """Return a mutex with a condition, for a storage that keeps state between its calls."""
+    import threading
+
     return threading.Condition(threading.Lock())
 
 
@@ -58,16 +65,24 @@ class Runtime(Protocol):
 
 
 class _SyncQueue:
-    __slots__ = ("_condition",)
+    """A condition on the engine lock, made when somebody first has to wait."""
 
-    def __init__(self, lock: threading.Lock) -> None:
-        self._condition = threading.Condition(lock)
+    __slots__ = ("_condition", "_lock")
+
+    def __init__(self, lock: LockType) -> None:
+        self._lock = lock
+        self._condition: threading.Condition | None = None
 
     async def wait(self) -> None:
+        if self._condition is None:
+            import threading
+
+            self._condition = threading.Condition(self._lock)
         self._condition.wait()
 
     def wake_all(self) -> None:
-        self._condition.notify_all()
+        if self._condition is not None:
+            self._condition.notify_all()
 
 
 class SyncRuntime:
@@ -80,7 +95,7 @@ class SyncRuntime:
     __slots__ = ("lock",)
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = allocate_lock()
 
     async def io(self, call: Callable[..., T], *args: object) -> T:
         self.lock.release()

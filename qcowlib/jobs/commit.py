@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from qcowlib.driver import COMPRESSED, DATA, HOLE
 from qcowlib.errors import UsageError, printable
-from qcowlib.gate import Kind, References, qemu_like
+from qcowlib.gate import References, qemu_like
 from qcowlib.image import Image
 from qcowlib.image import open as open_image
 from qcowlib.jobs.copy import Copier
@@ -31,6 +31,7 @@ from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.storage.file import FileStorage
 
 if TYPE_CHECKING:
+    from qcowlib.gate import Kind
     from qcowlib.image import CacheMode
     from qcowlib.storage.base import Storage
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, cast
 from qcowlib.errors import Error, FormatError, UsageError, printable
 from qcowlib.gate import References, parse_name, qemu_like, resolve_name
 from qcowlib.ondisk import COMPRESSION_ZLIB, COMPRESSION_ZSTD
-from qcowlib.qcow2.create import CreateOptions, Encryption, Preallocation, create_raw, new_header
+from qcowlib.qcow2.create import CreateOptions, Encryption, create_raw, new_header
 from qcowlib.qcow2.create import create as create_qcow2
 from qcowlib.storage.file import FileStorage
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qcowlib.image import CacheMode
+    from qcowlib.qcow2.create import Preallocation
     from qcowlib.storage.base import Storage
 
 __all__ = ["Format", "NewOptions", "create", "file_options", "new_data_file", "new_storage", "open_backing"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import Final, NamedTuple
 
 from qcowlib.errors import FormatError
 from qcowlib.ondisk import (
@@ -32,6 +31,13 @@ from qcowlib.ondisk import (
 from qcowlib.qcow2.references import DEFAULT_LIMIT, Finding, Log, ReferenceWalk
 from qcowlib.storage.base import Storage
 from qcowlib.units import ceil_div
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, NamedTuple
+else:
+    from qcowlib.records import NamedTuple
+
 
 __all__ = [
     "Comparison",

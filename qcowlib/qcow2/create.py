@@ -13,7 +13,6 @@ Not here: opening backing or data files, and making the encryption header
 from __future__ import annotations
 
 import errno
-from typing import Final, Literal, NamedTuple
 
 from qcowlib.errors import StorageError, UsageError, printable
 from qcowlib.ondisk import (
@@ -35,19 +34,26 @@ from qcowlib.qcow2.layout import NewImage
 from qcowlib.storage.base import Storage
 from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, Literal, NamedTuple
+
+    Preallocation = Literal["off", "metadata", "falloc", "full"]
+else:
+    from qcowlib.records import NamedTuple
+
+
 __all__ = [
     "QCOW2_OPTIONS",
     "RAW_OPTIONS",
     "CreateOptions",
     "Encryption",
     "Option",
-    "Preallocation",
     "create",
     "create_raw",
     "new_header",
 ]
 
-Preallocation = Literal["off", "metadata", "falloc", "full"]
 
 _RAW_PROBE: Final = 4096
 # QEMU looks at L2 tables in slices of this many bytes; it shows in what is allocated together.

@@ -11,13 +11,13 @@ A new block describes the cluster it lies in.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from qcowlib.errors import CorruptImage, StorageError
 from qcowlib.ondisk import MAX_REFCOUNT_TABLE_BYTES
 from qcowlib.qcow2.ordering import Mutex
 from qcowlib.units import ceil_div
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.qcow2.ordering import Writeback
     from qcowlib.storage.base import Storage

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
 
 from qcowlib.errors import CorruptImage, FormatError, ReadOnly, UnsupportedFeature
 from qcowlib.native import Refcounts
@@ -35,10 +34,15 @@ from qcowlib.qcow2.refcounts import RefcountStore
 from qcowlib.qcow2.tables import CACHE_BYTES, L2Tables, make_map
 from qcowlib.units import ceil_div
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from qcowlib.native import ChainMap, ClusterMap
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
+else:
+    Protocol = object
 
 __all__ = ["Qcow2Image", "Tracker"]
 

@@ -10,13 +10,16 @@ Used by :mod:`.create` (an empty image) and :mod:`.build` (one with data).
 
 from __future__ import annotations
 
-from typing import Final
-
 from qcowlib.native import count_refcounts, fill_entries
 from qcowlib.ondisk import COPIED, CryptoPointer, Header, l1_entries
 from qcowlib.ondisk.placement import Placement
 from qcowlib.storage.base import Storage
 from qcowlib.units import MiB, ceil_div, round_up
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
 
 __all__ = ["NewImage"]
 

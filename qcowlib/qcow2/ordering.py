@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qcowlib.driver import COMPRESSED
 from qcowlib.errors import CorruptImage, Error, StorageError
@@ -35,12 +34,17 @@ from qcowlib.ondisk import INCOMPAT_DIRTY, OFFSET_MASK, unpack_compressed
 from qcowlib.qcow2.header_update import write_header
 from qcowlib.units import round_up
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final, NamedTuple
+
     from qcowlib.native import ChainMap, ClusterMap
     from qcowlib.ondisk import Header
     from qcowlib.qcow2.refcounts import RefcountStore
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
+else:
+    from qcowlib.records import NamedTuple
 
 __all__ = ["GROW", "PREPARE", "PUBLISH", "Mutex", "Writeback"]
 

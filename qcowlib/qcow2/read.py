@@ -10,19 +10,22 @@ never zeros (L10); encrypted bytes never leave without being decrypted.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
 from qcowlib.driver import COMPRESSED, DATA
 from qcowlib.errors import CorruptImage
 from qcowlib.ondisk import CRYPT_LUKS, unpack_compressed
 from qcowlib.units import SECTOR, round_down, round_up
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from _typeshed import WriteableBuffer
 
     from qcowlib.codec import Codec
     from qcowlib.ondisk import Header
     from qcowlib.storage.base import Storage
+else:
+    Protocol = object
 
 __all__ = ["Cipher", "LayerReader"]
 

@@ -9,12 +9,11 @@ a block is refused before it is read (I9).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qcowlib.errors import CorruptImage
 from qcowlib.native import Refcounts
 from qcowlib.units import MiB
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.ondisk import Header
     from qcowlib.runtime import Runtime

@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
 
 from qcowlib.errors import FormatError, printable
 from qcowlib.native import (
@@ -41,6 +40,13 @@ from qcowlib.ondisk import (
 )
 from qcowlib.storage.base import Storage
 from qcowlib.units import KiB, MiB
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, NamedTuple
+else:
+    from qcowlib.records import NamedTuple
+
 
 __all__ = ["DEFAULT_LIMIT", "Finding", "Log", "ReferenceWalk", "Tracer"]
 

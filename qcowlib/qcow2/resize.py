@@ -14,13 +14,13 @@ longer backing file left there; a cut leaves the old size or the new one.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from qcowlib.driver import DATA
 from qcowlib.errors import CorruptImage, StorageError, UsageError
 from qcowlib.ondisk import MAX_L1_BYTES, l1_entries
 from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -25,8 +25,6 @@ snapshot's mapping is never changed; only flags that nobody may trust there), I1
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qcowlib.driver import COMPRESSED, DATA
 from qcowlib.errors import CorruptImage, Error, UnsupportedFeature, UsageError, printable
 from qcowlib.native import RunList, l2_clear_copied, l2_references
@@ -44,6 +42,7 @@ from qcowlib.qcow2.directories import read_snapshots
 from qcowlib.qcow2.ordering import PREPARE
 from qcowlib.units import MiB, round_up
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 

@@ -9,14 +9,13 @@ finds wrong in an entry becomes one message here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qcowlib import native
 from qcowlib.errors import CorruptImage
 from qcowlib.native import ClusterMap
 from qcowlib.ondisk import OFFSET_MASK
 from qcowlib.units import KiB, MiB
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 

@@ -17,7 +17,6 @@ error the space taken is given back and nothing was mapped.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final
 
 from qcowlib.driver import DATA
 from qcowlib.errors import CorruptImage, OutOfRange, UnsupportedFeature, UsageError
@@ -27,7 +26,10 @@ from qcowlib.ondisk import COMPRESSED as COMPRESSED_FLAG
 from qcowlib.ondisk import COPIED, CRYPT_LUKS, OFFSET_MASK, pack_compressed
 from qcowlib.units import SECTOR, MiB, round_down, round_up
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from qcowlib.qcow2.image import Qcow2Image
 
 __all__ = ["Writer"]

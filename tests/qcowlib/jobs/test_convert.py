@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import qcowlib
 from qcowlib.jobs.copy import used_runs
 from qcowlib.storage.memory import MemoryStorage
+from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
+from qcowlib.testing.recorder import OpLog
 from tests.conftest import LONG
 from tests.qcowlib.jobs.samples import allocation, make_source, qemu_img, raw_image
 
@@ -274,3 +276,48 @@ def test_zero_detection_covers_everything_and_never_calls_data_zero(
         position += length
         assert not zero or not any(content[start : start + length])
     assert position == len(content)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compress": True},
+        {"backing": "base", "backing_format": "raw", "extended_l2": True},
+        {"preallocation": "full"},
+    ],
+    ids=str,
+)
+def test_i11_a_cut_leaves_no_image_or_a_complete_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    rng = random.Random(str(options))
+    size = 40 * KiB
+    content = rng.randbytes(9 * KiB) + bytes(20 * KiB) + b"x" * (11 * KiB)
+    source, below = MemoryStorage(), MemoryStorage()
+    source.write(0, [content])
+    if "backing" in options:
+        base = tmp_path / "base"
+        base.write_bytes(bytes(size))
+        options = {**options, "backing": str(base), "cluster_size": 16 * KiB}
+    else:
+        options = {**options, "cluster_size": 512}
+    log = OpLog()
+    qcowlib.convert(source, log.record(below), source_format="raw", **options)
+
+    def judge(state: CrashState) -> list[Finding]:
+        data = bytes(state.images[0])
+        if data[:4] != b"QFI\xfb":
+            return []
+        storage = MemoryStorage()
+        storage.write(0, [data])
+        try:
+            with qcowlib.open(storage, format="qcow2") as image:
+                seen = image.pread(size, 0)
+                report = image.check()
+        except qcowlib.Error as error:
+            return [Finding("UNREADABLE", str(error))]
+        if report.corruptions or seen != content:
+            return [Finding("THIRD", "an image that is neither complete nor none")]
+        return []
+
+    assert assert_crash_safe(log, judge).distinct > 2

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.compare import compare
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
+    from qcowlib.jobs.dd import dd
     from qcowlib.jobs.measure import measure
     from qcowlib.jobs.rebase import rebase
 
@@ -27,6 +28,7 @@ __all__ = [
     "compare",
     "convert",
     "create",
+    "dd",
     "deny_all",
     "directories",
     "measure",
@@ -41,6 +43,7 @@ _JOBS = {
     "compare": "compare",
     "convert": "convert",
     "create": "creation",
+    "dd": "dd",
     "measure": "measure",
     "rebase": "rebase",
 }

@@ -61,13 +61,13 @@ if TYPE_CHECKING:
 
     SourceOrImage = OpenSource | Image
 
-__all__ = ["DEFAULT_SPARSE", "convert"]
+__all__ = ["DEFAULT_SPARSE", "Job", "convert", "into_new"]
 
 DEFAULT_SPARSE: Final = 4 * KiB
 _MAX_SPARSE: Final = 16 * MiB
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """What the caller asked for, checked."""
 
     sources: list[Source]
@@ -142,9 +142,9 @@ def convert(
             if image is not one:
                 stack.callback(image.close)
             sources.append(Source(image, sources[-1].end if sources else 0))
-        job = _Job(sources, sparse, compress, level, base is not None, 0, copy_offload, salvage, control)
+        job = Job(sources, sparse, compress, level, base is not None, 0, copy_offload, salvage, control)
         if not existing and not isinstance(target, Image):
-            _into_new(job, target, format, base, backing_format, cache, references, options)
+            into_new(job, target, format, base, backing_format, cache, references, options)
             return
         if not isinstance(target, Image):
             target = open_image(target, "r+", format=format, references=references, cache=cache, secret=target_secret)
@@ -205,7 +205,7 @@ def _check_usage(
 # -- targets -------------------------------------------------------------------
 
 
-def _into_image(job: _Job, image: Image, is_zero: bool) -> None:
+def _into_image(job: Job, image: Image, is_zero: bool) -> None:
     if image.size < job.size:
         raise UsageError("output file is smaller than input file", path=image.path)
     if is_zero and len(image.layers) > 1:
@@ -218,8 +218,8 @@ def _into_image(job: _Job, image: Image, is_zero: bool) -> None:
     _copy(job, target, header, zeroed=is_zero)
 
 
-def _into_new(
-    job: _Job,
+def into_new(
+    job: Job,
     target: str | bytes | os.PathLike[str] | Storage,
     format: str,
     backing: str | None,
@@ -228,6 +228,7 @@ def _into_new(
     references: References,
     options: dict[str, object],
 ) -> None:
+    """Create *target* and carry out *job*; arguments as :func:`convert`."""
     name = os.fsdecode(target) if isinstance(target, str | bytes | os.PathLike) else target.name
     if format == "raw" and backing is not None:
         raise UsageError("Backing file not supported for file format 'raw'", path=name)
@@ -251,7 +252,7 @@ def _into_new(
             _fill(job, storage, described, data, references)
 
 
-def _build(job: _Job, storage: Storage, described: CreateOptions, data: Storage | None) -> None:
+def _build(job: Job, storage: Storage, described: CreateOptions, data: Storage | None) -> None:
     header = new_header(described)
     zeroed = not getattr(data if data is not None else storage, "is_block", False)
     if data is not None:
@@ -260,7 +261,7 @@ def _build(job: _Job, storage: Storage, described: CreateOptions, data: Storage 
     _copy(job, target, header, zeroed=described.backing_file is None)
 
 
-def _fill(job: _Job, storage: Storage, described: CreateOptions, data: Storage | None, references: References) -> None:
+def _fill(job: Job, storage: Storage, described: CreateOptions, data: Storage | None, references: References) -> None:
     """Create the image, its magic held back, and write into it as a guest would."""
     if described.encrypt is not None and described.encrypt.method != CRYPT_NONE:
         raise UsageError("an encrypted target must exist (existing=True)", path=storage.name)
@@ -275,7 +276,7 @@ def _fill(job: _Job, storage: Storage, described: CreateOptions, data: Storage |
     held.release()
 
 
-def _copy(job: _Job, target: Sink, header: Header | None, *, zeroed: bool) -> None:
+def _copy(job: Job, target: Sink, header: Header | None, *, zeroed: bool) -> None:
     """Carry out the job; *header* is that of a QCOW2 target."""
     built = isinstance(target, BuildTarget)
     compress = job.compress and header is not None

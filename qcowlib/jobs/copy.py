@@ -193,7 +193,7 @@ class Copier:
                 except (StorageError, CorruptImage) as error:
                     piece[:] = bytes(size)
                     for sector in range(0, size, SECTOR):
-                        tell(part.source.start + guest + inside + sector, error)
+                        tell(part.source.shift + guest + inside + sector, error)
 
     @staticmethod
     def _packed(stretch: Stretch) -> bytes:

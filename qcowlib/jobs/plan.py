@@ -56,15 +56,27 @@ _MOST_PARTS = 4096
 
 
 class Source(NamedTuple):
-    """An open image whose guest bytes begin at *start* of the target."""
+    """An open image, whose guest bytes from *first* on (*length* of them) go to *start* of the target."""
 
     image: Image
     start: int
+    first: int = 0
+    length: int | None = None
+
+    @property
+    def last(self) -> int:
+        """Where the guest bytes to be copied end."""
+        return self.image.size if self.length is None else self.first + self.length
+
+    @property
+    def shift(self) -> int:
+        """What to add to an offset in the image for that in the target."""
+        return self.start - self.first
 
     @property
     def end(self) -> int:
         """Where its bytes end in the target."""
-        return self.start + self.image.size
+        return self.shift + self.last
 
 
 class Run(NamedTuple):
@@ -111,7 +123,7 @@ def runs_of(sources: Sequence[Source], *, top_only: bool = False, backing_end: i
     """
     for source in sources:
         image = source.image
-        offset, size = 0, image.size
+        offset, size = source.first, source.last
         deep = len(image.layers) > 1
         while offset < size:
             found = []
@@ -120,7 +132,7 @@ def runs_of(sources: Sequence[Source], *, top_only: bool = False, backing_end: i
                     status = COPY if layer == 0 or not top_only else BACKING
                 else:
                     status = BACKING if top_only and (layer or (kind == HOLE and deep)) else ZEROS
-                found.append(Run(status, source.start + guest, length, source, kind, guest, host, layer))
+                found.append(Run(status, source.shift + guest, length, source, kind, guest, host, layer))
                 offset = guest + length
             yield list(_behind(found, backing_end)) if top_only else found
 
@@ -250,7 +262,7 @@ class Plan:
         else:
             runs = RunList()
             clip(run, start, end, runs)
-            parts.append(Part(run.source, runs, start - run.source.start, end - start))
+            parts.append(Part(run.source, runs, start - run.source.shift, end - start))
 
     def _joined(self, stretches: Iterator[Stretch]) -> Iterator[Stretch]:
         """Join stretches of COPY that follow each other."""

@@ -27,7 +27,7 @@ from qcowlib.jobs.copy import Copier
 from qcowlib.jobs.pipeline import DEFAULT_MEMORY, Control, run
 from qcowlib.jobs.plan import BACKING, COPY, ZEROS, Plan, Run, Source
 from qcowlib.jobs.targets import ImageTarget, RawTarget
-from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.raw import RawImage
 from qcowlib.storage.file import FileStorage
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _commit(top: Image, depth: int, references: References, cache: CacheMode, co
         if old < top.size:
             base.resize(top.size)
         plan = _CommitPlan(top, depth, old)
-        raw = not isinstance(below, Qcow2Image)
+        raw = isinstance(below, RawImage) and below.plain
         target = RawTarget(below.data) if raw else ImageTarget(base)
         copier = Copier(target, unit=0, keep_zeros=True, offload=below.data if raw else None)
         control.begin(plan.amount() if control.wanted else plan.total)

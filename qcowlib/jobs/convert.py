@@ -50,6 +50,7 @@ from qcowlib.ondisk import CRYPT_NONE
 from qcowlib.qcow2.create import CreateOptions, create_raw, new_header
 from qcowlib.qcow2.create import create as create_qcow2
 from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.raw import RawImage
 from qcowlib.units import KiB, MiB
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _into_image(job: Job, image: Image, is_zero: bool) -> None:
     if job.compress and image.format != "qcow2":
         raise UsageError("Compression not supported for this file format", path=image.path)
     top = image.layers[0]
-    target: Sink = ImageTarget(image) if isinstance(top, Qcow2Image) else RawTarget(top.data)
+    target: Sink = RawTarget(top.data) if isinstance(top, RawImage) and top.plain else ImageTarget(image)
     header = top.header if isinstance(top, Qcow2Image) else None
     _copy(job, target, header, zeroed=is_zero)
 

@@ -76,7 +76,7 @@ def test_error_raised_in_the_earliest_turn_is_the_one_raised(workers: int) -> No
                 raise ValueError(unit)
         return 1
 
-    with pytest.raises(ValueError, match="^7$"):
+    with pytest.raises(ValueError, match=r"^7$"):
         run(range(100), work, Control(workers=workers), buffer_size=4096, amount=MANY)
 
 

@@ -14,6 +14,7 @@ from qcowlib.gate import deny_all, directories, qemu_like, same_directory
 from qcowlib.image import Image, open
 
 if TYPE_CHECKING:
+    from qcowlib.jobs.backup import backup, measure_backup, restore
     from qcowlib.jobs.commit import commit
     from qcowlib.jobs.compare import compare
     from qcowlib.jobs.convert import convert
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Image",
+    "backup",
     "commit",
     "compare",
     "convert",
@@ -32,20 +34,25 @@ __all__ = [
     "deny_all",
     "directories",
     "measure",
+    "measure_backup",
     "open",
     "qemu_like",
     "rebase",
+    "restore",
     "same_directory",
 ]
 
 _JOBS = {
+    "backup": "backup",
     "commit": "commit",
     "compare": "compare",
     "convert": "convert",
     "create": "creation",
     "dd": "dd",
     "measure": "measure",
+    "measure_backup": "backup",
     "rebase": "rebase",
+    "restore": "backup",
 }
 
 

@@ -8,11 +8,10 @@ module is imported when the job is first asked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qcowlib.gate import deny_all, directories, qemu_like, same_directory
 from qcowlib.image import Image, open
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.jobs.backup import backup, measure_backup, restore
     from qcowlib.jobs.commit import commit

@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import sys
 import zlib
-from typing import TYPE_CHECKING
 
 from qcowlib import native
 from qcowlib.errors import CorruptImage, UnsupportedFeature, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
     from typing import Literal, Protocol

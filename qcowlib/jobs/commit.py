@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from qcowlib.driver import COMPRESSED, DATA, HOLE
 from qcowlib.errors import UsageError, printable
@@ -30,6 +29,7 @@ from qcowlib.jobs.targets import ImageTarget, RawTarget
 from qcowlib.raw import RawImage
 from qcowlib.storage.file import FileStorage
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.gate import Kind
     from qcowlib.image import CacheMode

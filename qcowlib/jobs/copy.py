@@ -13,7 +13,6 @@ import errno
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from qcowlib.driver import COMPRESSED, DATA
 from qcowlib.errors import CorruptImage, Error, StorageError
@@ -22,6 +21,7 @@ from qcowlib.jobs.targets import Action
 from qcowlib.native import RunList, is_zero, zero_runs
 from qcowlib.units import SECTOR, round_down, round_up
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.codec import Codec, Level
     from qcowlib.jobs.pipeline import Turn

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 from qcowlib.driver import DATA
 from qcowlib.errors import CorruptImage, UnsupportedFeature, UsageError, printable
@@ -57,6 +56,7 @@ from qcowlib.qcow2.directories import read_bitmaps
 from qcowlib.qcow2.ordering import Mutex
 from qcowlib.units import MiB, ceil_div
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.qcow2.write import Writer
 

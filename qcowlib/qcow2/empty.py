@@ -9,11 +9,10 @@ a loss.  Snapshots keep what they refer to.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qcowlib.errors import UsageError
 from qcowlib.qcow2.resize import cut_tail
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.qcow2.write import Writer
 

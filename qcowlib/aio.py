@@ -333,7 +333,15 @@ def _in_thread(function: Callable[P, R]) -> Callable[P, asyncio.Future[R]]:
     return call
 
 
-_JOBS = frozenset(api.__all__) - {"Image", "deny_all", "directories", "open", "qemu_like", "same_directory"}
+_JOBS = frozenset(api.__all__) - {
+    "Image",
+    "Inspection",
+    "deny_all",
+    "directories",
+    "open",
+    "qemu_like",
+    "same_directory",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The synchronous facade: everything that ``import qcowlib`` gives.
 
-Invariant: names only.  What they do is in the module each comes from; a job's
-module is imported when the job is first asked for.
+Invariant: names only.  What they do is in the module each comes from; the
+module of a job is imported when the job is first asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from qcowlib.image import Image, open
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from qcowlib.inspection import Inspection, inspect
     from qcowlib.jobs.backup import backup, measure_backup, restore
     from qcowlib.jobs.commit import commit
     from qcowlib.jobs.compare import compare
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Image",
+    "Inspection",
     "backup",
     "commit",
     "compare",
@@ -32,6 +34,7 @@ __all__ = [
     "dd",
     "deny_all",
     "directories",
+    "inspect",
     "measure",
     "measure_backup",
     "open",
@@ -41,26 +44,28 @@ __all__ = [
     "same_directory",
 ]
 
-_JOBS = {
-    "backup": "backup",
-    "commit": "commit",
-    "compare": "compare",
-    "convert": "convert",
-    "create": "creation",
-    "dd": "dd",
-    "measure": "measure",
-    "measure_backup": "backup",
-    "rebase": "rebase",
-    "restore": "backup",
+_LATER = {
+    "Inspection": "inspection",
+    "backup": "jobs.backup",
+    "commit": "jobs.commit",
+    "compare": "jobs.compare",
+    "convert": "jobs.convert",
+    "create": "jobs.creation",
+    "dd": "jobs.dd",
+    "inspect": "inspection",
+    "measure": "jobs.measure",
+    "measure_backup": "jobs.backup",
+    "rebase": "jobs.rebase",
+    "restore": "jobs.backup",
 }
 
 
 def __getattr__(name: str) -> object:
-    module = _JOBS.get(name)
+    module = _LATER.get(name)
     if module is None:
         raise AttributeError(f"module 'qcowlib.api' has no attribute {name!r}")
     from importlib import import_module
 
-    value: object = getattr(import_module(f"qcowlib.jobs.{module}"), name)
+    value: object = getattr(import_module(f"qcowlib.{module}"), name)
     globals()[name] = value
     return value

@@ -27,7 +27,7 @@ from pathlib import Path
 import qcowlib
 from qcowlib.cli.demo import Demo, Figures, Problem, Step
 from qcowlib.errors import Error
-from qcowlib.inspect import inspect
+from qcowlib.inspection import inspect
 from qcowlib.qcow2.repair import repair
 from qcowlib.storage.file import FileStorage
 from qcowlib.units import MiB, human_size

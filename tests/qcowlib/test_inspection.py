@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import qcowlib.ondisk as od
 from qcowlib.errors import StorageError, UsageError
-from qcowlib.inspect import Inspection, inspect
+from qcowlib.inspection import Inspection, inspect
 from qcowlib.ondisk import BitmapEntry, BitmapsExtension, Header, SnapshotEntry, pack_bitmap_directory, pack_snapshots
 from qcowlib.qcow2.create import CreateOptions, create
 from qcowlib.storage.memory import MemoryStorage

@@ -30,7 +30,7 @@ from functools import partial
 from qcowlib.driver import COMPRESSED
 from qcowlib.errors import CorruptImage, Error, StorageError
 from qcowlib.native import RunList
-from qcowlib.ondisk import INCOMPAT_DIRTY, OFFSET_MASK, unpack_compressed
+from qcowlib.ondisk import INCOMPAT_CORRUPT, INCOMPAT_DIRTY, OFFSET_MASK, unpack_compressed
 from qcowlib.qcow2.header_update import write_header
 from qcowlib.units import round_up
 
@@ -116,6 +116,8 @@ class Writeback:
         self.freed = RunList()
         self.unmapped = RunList()
         self.failed: Error | None = None
+        #: Metadata that contradicts itself, met while writing: see :meth:`mark_corrupt`.
+        self.damage: CorruptImage | None = None
         self.lazy = header.lazy_refcounts
         #: The dirty bit is durable; with *dirty_tried* it may be on storage.
         self.dirty_set = self.dirty_tried = False
@@ -164,7 +166,9 @@ class Writeback:
         """Refuse to use host bytes that hold metadata (I9).  Raises CorruptImage with qemu's text."""
         if self.cmap.guarded_in(offset, length):
             name = self._owner(offset, length)
-            raise CorruptImage(f"Preventing invalid write on metadata (overlaps with {name})", path=self.storage.name)
+            text = f"Preventing invalid write on metadata (overlaps with {name})"
+            self.damage = CorruptImage(text, path=self.storage.name)
+            raise self.damage
 
     def _owner(self, offset: int, length: int) -> str:
         header = self.header
@@ -239,6 +243,19 @@ class Writeback:
             except StorageError as error:
                 self._fail(error)
                 raise
+
+    async def mark_corrupt(self, damage: CorruptImage) -> None:
+        """Set the corrupt bit durably (version 3) and publish nothing more: only a repair may write now.
+
+        Source: qemu does the same when a write meets metadata that cannot be right.
+        """
+        self.failed = damage
+        if self.chain_map is not None:
+            self.chain_map.fast_write = self.chain_map.fast_allocate = False
+        if self.header.version >= 3:
+            self.header.incompatible_features |= INCOMPAT_CORRUPT
+            await self._write(self.storage, 72, self.header.pack_fields()[72:80])
+            await self.runtime.io(self.storage.flush)
 
     async def rewrite(self, writes: list[Write]) -> None:
         """Rewrite whole tables in place now, durably: only flags that the dirty bit excuses may differ."""

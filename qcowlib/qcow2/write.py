@@ -110,6 +110,10 @@ class Writer:
                 while offset < end:
                     image.changing.check()
                     offset += await piece(offset, min(end - offset, _PIECE))
+            except CorruptImage as error:
+                if error is image.changing.damage:
+                    await image.changing.mark_corrupt(error)
+                raise
             finally:
                 self.ranges.release(claim)
         finally:
@@ -201,7 +205,8 @@ class Writer:
         if action == _NEED:
             return 0
         if action == _CORRUPT:
-            raise self.image.tables.corruption()
+            self.image.changing.damage = self.image.tables.corruption()
+            raise self.image.changing.damage
         data = data[:length]
         if action == _IN_PLACE:
             await self._store(host, offset, [data])

@@ -143,8 +143,8 @@ def run_demo(
     *,
     as_json: bool = False,
     directory: str | None = None,
-    size: int = 512 << 20,
-    data: int = 128 << 20,
+    size: int = 256 << 20,
+    data: int = 80 << 20,
     overlays: int = 1000,
 ) -> int:
     """Run all steps; *write* gets the text.  Returns 0, or 1 if a step found a problem.

@@ -17,6 +17,7 @@ from qcowlib.errors import Error
 from . import layout
 from .file_domain import FileDomain
 from .ids import is_id
+from .iso import list_media
 from .lease_records import read_leader
 from .metadata_domain import ISO
 from .metadata_volume import STATUS_INIT, STATUS_INVALID, STATUS_OK, STATUS_REMOVED, parse_lenient
@@ -61,7 +62,7 @@ def dump_file(domain: FileDomain) -> Document:
     """Return the document of a domain in a directory."""
     document = _common(domain)
     if domain.metadata.domain_class == ISO:
-        document["files"] = domain.iso_files()
+        document["files"] = list_media(domain)
         return document
     listing = domain.listing()
     entries = domain.entries()

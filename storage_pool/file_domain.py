@@ -15,7 +15,6 @@ images is one set of files with links in each image directory.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -245,6 +244,11 @@ class FileDomain:
         return self._root.path
 
     @property
+    def root(self) -> Rooted:
+        """The domain's directory, for files of special classes of domains (:mod:`.iso`)."""
+        return self._root
+
+    @property
     def metadata(self) -> DomainMetadata:
         if self._view is None:
             self._view = DomainMetadata(self._store.values(), self._root.full(_METADATA))
@@ -326,21 +330,6 @@ class FileDomain:
             if volume not in found and is_id(image):
                 found[volume] = VolumeEntry(volume, (image,), None, initializing=True)
         return found
-
-    def iso_files(self, suffixes: Sequence[str] = (".iso", ".vfd")) -> dict[str, int]:
-        """Return size by name of the files of an ISO domain, also in its folders."""
-        found: dict[str, int] = {}
-        todo = [("", 0)]
-        while todo:
-            folder, depth = todo.pop()
-            for name in self._root.names(f"images/{ISO_IMAGE}{folder}"):
-                path = f"{folder}/{name}"
-                state = self._root.stat(f"images/{ISO_IMAGE}{path}")
-                if stat.S_ISDIR(state.st_mode) and depth < 8:
-                    todo.append((path, depth + 1))
-                elif stat.S_ISREG(state.st_mode) and name.lower().endswith(tuple(suffixes)):
-                    found[path[1:]] = state.st_size
-        return dict(sorted(found.items()))
 
     def _where(self, volume: str) -> str:
         """Return the path of a volume's data, in its own image."""

@@ -92,6 +92,8 @@ def _copy_spec(
         record.disktype,
         record.description,
         initial_size=initial,
+        # Readers must not see a volume as complete before its data are there.
+        legality=mv.ILLEGAL,
         sequence=record.sequence,
     )
 
@@ -199,6 +201,7 @@ def collapse(
         record.disktype,
         record.description if description is None else description,
         initial_size=initial,
+        legality=mv.ILLEGAL,
     )
     create_volume(token, target, spec, ctime)
     try:

@@ -134,7 +134,8 @@ def _parent_record(domain: Domain, spec: VolumeSpec) -> VolumeMetadata | None:
     if spec.parent == BLANK:
         return None
     parent = domain.record(check_id(spec.parent, "parent UUID"))
-    if parent.legality != mv.LEGAL:
+    # A FAKE template stands in an export domain for the one that was not exported.
+    if parent.legality == mv.ILLEGAL:
         raise Illegal(f"the parent {spec.parent} is {parent.legality}", path=domain.name)
     if parent.image != spec.image and parent.voltype != SHARED:
         raise Illegal(f"the parent {spec.parent} belongs to another image and is no template", path=domain.name)

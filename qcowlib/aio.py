@@ -20,11 +20,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from qcowlib import api
-from qcowlib.chain import Chain
 from qcowlib.driver import Extent
-from qcowlib.errors import ReadOnly, UnsupportedFeature, UsageError
+from qcowlib.errors import UnsupportedFeature, UsageError
 from qcowlib.gate import References, qemu_like
-from qcowlib.image import check_range, run_extents
+from qcowlib.image import OpenImage, check_range, run_extents
 from qcowlib.opening import OpenOptions, open_chain
 from qcowlib.qcow2.directories import read_snapshots
 from qcowlib.qcow2.image import Qcow2Image
@@ -55,48 +54,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Image:
+class Image(OpenImage):
     """An open image for coroutines; made by :func:`open`.  Methods as :class:`qcowlib.Image`."""
 
-    __slots__ = ("_chain", "_closed", "_map", "mode", "path")
-
-    def __init__(self, chain: Chain, mode: str) -> None:
-        self._chain = chain
-        self._map = chain.map
-        self._closed = False
-        self.mode = mode
-        self.path = chain.top.storage.name
-
-    @property
-    def size(self) -> int:
-        """Guest bytes."""
-        return self._chain.size
-
-    @property
-    def format(self) -> str:
-        """``qcow2`` or ``raw``."""
-        return self._chain.top.format
-
-    @property
-    def cluster_size(self) -> int | None:
-        """Bytes per cluster; ``None`` for raw."""
-        top = self._chain.top
-        return top.cluster_size if isinstance(top, Qcow2Image) else None
-
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._closed
-
-    def _check(self, *, writing: bool = False) -> None:
-        if self._closed:
-            raise UsageError("the image is closed", path=self.path)
-        if writing and self.mode != "r+":
-            raise ReadOnly("the image is open for reading", path=self.path)
+    __slots__ = ()
 
     async def pread(self, length: int, offset: int) -> bytes:
         """Return *length* bytes from *offset*, fewer at the end of the image."""
-        self._check()
+        self._check_open()
         check_range(offset, 0 if offset > self.size else length, max(self.size, offset + max(length, 0)), self.path)
         buffer = bytearray(max(min(length, self.size - offset), 0))
         await self._read(memoryview(buffer), offset)
@@ -104,7 +69,7 @@ class Image:
 
     async def preadinto(self, buffer: WriteableBuffer, offset: int) -> int:
         """Fill *buffer* from *offset*; returns the bytes read."""
-        self._check()
+        self._check_open()
         view = memoryview(buffer).cast("B")
         check_range(offset, 0, max(self.size, offset), self.path)
         view = view[: max(self.size - offset, 0)]
@@ -118,7 +83,7 @@ class Image:
 
     async def pwrite(self, data: ReadableBuffer, offset: int) -> int:
         """Write all of *data* at *offset*; durable after the next :meth:`flush`."""
-        self._check(writing=True)
+        self._check_writable()
         view = memoryview(data).cast("B")
         check_range(offset, len(view), self.size, self.path)
         if len(view):
@@ -127,32 +92,32 @@ class Image:
 
     async def zero(self, length: int, offset: int, *, unmap: bool = True) -> None:
         """Make the range read as zeros."""
-        self._check(writing=True)
+        self._check_writable()
         check_range(offset, length, self.size, self.path)
         if length:
             await self._chain.writer.zero(offset, length, unmap=unmap)
 
     async def discard(self, length: int, offset: int) -> None:
         """Give whole clusters inside the range back."""
-        self._check(writing=True)
+        self._check_writable()
         check_range(offset, length, self.size, self.path)
         if length:
             await self._chain.writer.discard(offset, length)
 
     async def flush(self) -> None:
         """Return when everything written before is durable."""
-        self._check()
+        self._check_open()
         if self.mode == "r+":
             await self._chain.flush()
 
     async def resize(self, size: int, *, preallocation: Preallocation = "off", shrink: bool = False) -> None:
         """Change the virtual size."""
-        self._check(writing=True)
+        self._check_writable()
         await self._chain.resize(size, preallocation=preallocation, shrink=shrink)
 
     async def extents(self, offset: int = 0, length: int | None = None) -> AsyncIterator[Extent]:
         """Yield the extents that cover the range, looking up as it goes; neighbours are not merged over look-ups."""
-        self._check()
+        self._check_open()
         end = self.size if length is None else offset + length
         check_range(offset, end - offset, self.size, self.path)
         while offset < end:
@@ -165,7 +130,7 @@ class Image:
         """Return what the image says about itself."""
         from qcowlib.info import image_info
 
-        self._check()
+        self._check_open()
         top = self._chain.top
         header = top.header if isinstance(top, Qcow2Image) else None
         return await self._chain.runtime.io(image_info, top.storage, header)
@@ -174,7 +139,7 @@ class Image:
         """Check the metadata of the top layer, or repair it."""
         from qcowlib.qcow2.inplace import check_open
 
-        self._check(writing=repair is not None)
+        self._check_open() if repair is None else self._check_writable()
         top, writer = self._chain.top, self._chain.writer
         if not isinstance(top, Qcow2Image) or not isinstance(writer, Writer):
             raise UnsupportedFeature("This image format does not support checks", path=self.path)
@@ -184,7 +149,7 @@ class Image:
 
     async def snapshots(self) -> list[SnapshotEntry]:
         """Return the internal snapshots; empty for raw."""
-        self._check()
+        self._check_open()
         top = self._chain.top
         if not isinstance(top, Qcow2Image):
             return []
@@ -203,7 +168,7 @@ class Image:
         await delete_snapshot(self._writer(), wanted, by_id=by_id)
 
     def _writer(self) -> Writer:
-        self._check(writing=True)
+        self._check_writable()
         if not isinstance(self._chain.writer, Writer):
             raise UnsupportedFeature("raw images have no snapshots", path=self.path)
         return self._chain.writer
@@ -212,12 +177,12 @@ class Image:
 
     async def bitmaps(self) -> list[Bitmap]:
         """Return the persistent bitmaps; empty for raw."""
-        self._check()
+        self._check_open()
         return await self._chain.bitmaps()
 
     async def bitmap_extents(self, name: str) -> AsyncIterator[tuple[int, int]]:
         """Yield ``(offset, length)`` of the guest ranges that bitmap *name* has recorded."""
-        self._check()
+        self._check_open()
         ranges = await self._chain.bitmap_ranges(name)
         while batch := await self._chain.runtime.io(lambda: list(itertools.islice(ranges, _BATCH))):
             for pair in batch:
@@ -259,7 +224,7 @@ class Image:
         return await self._bitmaps().add_filled(contents, skip_broken=skip_broken)
 
     def _bitmaps(self) -> BitmapSession:
-        self._check(writing=True)
+        self._check_writable()
         return self._chain.bitmap_session()
 
     # -- ending ----------------------------------------------------------------

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     CacheMode = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
 
-__all__ = ["Image", "check_range", "open", "run_extents"]
+__all__ = ["Image", "OpenImage", "check_range", "open", "run_extents"]
 
 
 _KINDS: dict[int, ExtentKind] = {
@@ -68,20 +68,17 @@ def check_range(offset: int, length: int, size: int, path: str) -> None:
         raise OutOfRange(f"range {offset}+{length} is outside the image of {size} bytes", path=path)
 
 
-class Image:
-    """An open image; made by :func:`open`.  Offsets and lengths are guest bytes."""
+class OpenImage:
+    """What every open image tells of itself, whoever runs its engine."""
 
-    __slots__ = ("_chain", "_closed", "_map", "_runtime", "mode", "path")
+    __slots__ = ("_chain", "_closed", "_map", "mode", "path")
 
-    def __init__(self, chain: Chain, runtime: SyncRuntime, mode: str) -> None:
+    def __init__(self, chain: Chain, mode: str) -> None:
         self._chain = chain
         self._map = chain.map
-        self._runtime = runtime
         self._closed = False
         self.mode = mode
         self.path = chain.top.storage.name
-
-    # -- what it is ------------------------------------------------------------
 
     @property
     def size(self) -> int:
@@ -117,6 +114,20 @@ class Image:
         self._check_open()
         if self.mode != "r+":
             raise ReadOnly("the image is open for reading", path=self.path)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self.mode
+        return f"<{type(self).__module__}.{type(self).__name__} {self.path!r} {self.format} {state}>"
+
+
+class Image(OpenImage):
+    """An open image; made by :func:`open`.  Offsets and lengths are guest bytes."""
+
+    __slots__ = ("_runtime",)
+
+    def __init__(self, chain: Chain, runtime: SyncRuntime, mode: str) -> None:
+        super().__init__(chain, mode)
+        self._runtime = runtime
 
     # -- reading ---------------------------------------------------------------
 
@@ -442,10 +453,6 @@ class Image:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else self.mode
-        return f"<qcowlib.Image {self.path!r} {self.format} {state}>"
 
 
 def _continues(last: Extent, extent: Extent) -> bool:

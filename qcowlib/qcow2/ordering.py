@@ -410,16 +410,20 @@ class Writeback:
     async def _punch(self, unmapped: RunList) -> None:
         """Give space back to the file system while its count still keeps it from being reused (I4)."""
         bits = self.header.cluster_bits
+        start = end = 0
         try:
-            for kind, _, length, host, _ in unmapped:
+            # In host order: what was scattered in the guest often lies together in the file.
+            for kind, _, length, host, _ in sorted(unmapped, key=lambda run: run[3]):
                 if kind == COMPRESSED:
                     continue
-                start = host
                 for cluster in range(host >> bits, (host + length) >> bits):
                     if await self.store.get(cluster) != 1:
-                        await self._discard(start, (cluster << bits) - start)
-                        start = (cluster + 1) << bits
-                await self._discard(start, host + length - start)
+                        continue
+                    if cluster << bits != end:
+                        await self._discard(start, end - start)
+                        start = cluster << bits
+                    end = (cluster + 1) << bits
+            await self._discard(start, end - start)
         except StorageError:
             # A hint that failed costs space only; the guest's request was carried out.
             return

@@ -7,13 +7,20 @@ Invariant: the actions run in the order given; the backing chain is not opened.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from qcowlib.cli import options
 from qcowlib.cli.console import Console, Failure
 from qcowlib.cli.names import image_ref
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import open_image
+from qcowlib.cli.opening import hint_text, open_image
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.values import size_option
+from qcowlib.errors import Error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qcowlib.image import Image
 
 __all__ = ["COMMAND", "run"]
 
@@ -68,14 +75,34 @@ def run(args: Args, console: Console) -> int:
         raise Failure("Expecting filename and bitmap name")
     ref = image_ref(args.operands[0], args.text("format"), image_opts=args.flag("image-opts"))
     bitmap = args.operands[1]
-    with open_image(ref, console, secrets=secrets, writable=True, backing=False) as image:
+    with ExitStack() as stack:
+        image = stack.enter_context(open_image(ref, console, secrets=secrets, writable=True, backing=False))
+        other = None
         if source is not None:
-            open_image(image_ref(source, source_format), console, secrets=secrets, backing=False).close()
-        for name, _ in actions:
-            if image.format == "raw":
-                raise Failure(f"Operation {name} on bitmap {bitmap} failed: {_raw(name, bitmap)}")
-            raise Failure(f"Operation {name} on bitmap {bitmap} failed: not supported yet")
+            other = stack.enter_context(
+                open_image(image_ref(source, source_format), console, secrets=secrets, backing=False)
+            )
+        for action in actions:
+            _act(image, action, bitmap, granularity, other)
     return 0
+
+
+def _act(image: Image, action: tuple[str, str], bitmap: str, granularity: int | None, other: Image | None) -> None:
+    """Carry out one action.  Raises :class:`Failure`."""
+    name, text = action
+    if image.format == "raw":
+        raise Failure(f"Operation {name} on bitmap {bitmap} failed: {_raw(name, bitmap)}")
+    try:
+        if name == "add":
+            image.add_bitmap(bitmap, granularity)
+        elif name == "merge":
+            image.merge_bitmap(bitmap, text, other)
+        else:
+            getattr(image, f"{name}_bitmap")(bitmap)
+    except Error as error:
+        # Source: qemu-img names a node of its block graph where we name the file.
+        cause = error.message.replace(f" persistent in '{error.path}': ", " persistent in '#block000': ")
+        raise Failure(f"Operation {name} on bitmap {bitmap} failed: {cause}", hint=hint_text(error)) from None
 
 
 def _raw(name: str, bitmap: str) -> str:

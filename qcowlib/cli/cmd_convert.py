@@ -21,7 +21,7 @@ from qcowlib.cli.optlist import OptionList, create_help, create_table, help_want
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
 from qcowlib.cli.values import parse_decimal, size_option, split_options
-from qcowlib.errors import Error, StorageError
+from qcowlib.errors import Error, StorageError, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ class _Conversion:
         self.console = console
         self.stack = stack
         self.target = args.operands[-1]
+        #: What was written: an open image, or the path of a new one.
+        self.filled: Image | str = self.target
 
     def run(self, progress: Progress) -> None:
         args = self.args
@@ -184,6 +186,12 @@ class _Conversion:
             self._convert(sources, target, values, write_cache, progress)
         except Error as error:
             raise self._failure(error, created=values is not None) from None
+        if args.flag("bitmaps"):
+            if isinstance(self.filled, str):
+                ref = ImageRef(self.target, self.filled, self.fmt)
+                self.filled = open_image(ref, self.console, secrets=self.secrets, writable=True, backing=False)
+                self.stack.callback(self.filled.close)
+            self._copy_bitmaps(sources[0], self.filled)
 
     def _source(self, name: str, cache: str) -> Image:
         args = self.args
@@ -201,8 +209,7 @@ class _Conversion:
                 snapshot=snapshot,
             )
         except Failure as failure:
-            if snapshot is not None and "Can't find snapshot" in failure.messages[0]:
-                raise Failure("Failed to load snapshot: Can't find snapshot") from None
+            options.reraise_snapshot(failure, snapshot)
             raise
         self.stack.callback(image.close)
         return image
@@ -214,7 +221,26 @@ class _Conversion:
             raise Failure("Source lacks bitmap support")
         if self.fmt != "qcow2":
             raise Failure(f"Format driver '{self.fmt}' does not support bitmaps")
-        raise Failure("Copying bitmaps is not supported yet")
+        for bitmap in reversed(sources[0].bitmaps()):
+            if bitmap.inconsistent and not self.args.flag("skip-broken-bitmaps"):
+                raise Failure(
+                    f"Cannot copy inconsistent bitmap '{printable(bitmap.name)}'",
+                    hint="Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it\n",
+                )
+
+    def _copy_bitmaps(self, source: Image, target: Image) -> None:
+        """Copy all bitmaps.  Source: qemu-img sees them last first."""
+        there = {bitmap.name for bitmap in target.bitmaps()}
+        for bitmap in reversed(source.bitmaps()):
+            if bitmap.inconsistent:
+                self.console.warn(f"Skipping inconsistent bitmap '{printable(bitmap.name)}'")
+            elif bitmap.name in there:
+                name = printable(bitmap.name)
+                raise Failure(f"Failed to create bitmap {name}: Bitmap already exists: {name}")
+        try:
+            target.copy_bitmaps(source, skip_broken=True)
+        except Error as error:
+            raise Failure(f"Failed to copy bitmaps: {error.message}", hint=hint_text(error)) from None
 
     def _values(self, count: int) -> OptionList:
         """Return the options of the new image."""
@@ -260,6 +286,7 @@ class _Conversion:
         args = self.args
         encrypted = values is not None and self._is_encrypted(values)
         fresh = self._create_first(sources, values) if values is not None and encrypted else None
+        self.filled = fresh or target
         convert(
             list(sources),
             fresh or target,

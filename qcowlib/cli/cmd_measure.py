@@ -96,8 +96,7 @@ def _open(args: Args, name: str, secrets: Mapping[str, bytes], console: Console)
     try:
         return open_image(ref, console, secrets=secrets, force_share=args.flag("force-share"), snapshot=snapshot)
     except Failure as failure:
-        if snapshot is not None and "Can't find snapshot" in failure.messages[0]:
-            raise Failure("Failed to load snapshot: Can't find snapshot") from None
+        options.reraise_snapshot(failure, snapshot)
         raise
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from qcowlib.cli import creation, options
 from qcowlib.cli.console import Console, Failure, usage_failure
-from qcowlib.cli.names import ImageRef, image_ref
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import open_image
+from qcowlib.cli.opening import hint_text, open_image, secret_of
 from qcowlib.cli.parser import Args, Command, Option
-from qcowlib.info import full_backing_name
+from qcowlib.cli.progress import Progress
+from qcowlib.errors import Error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qcowlib.cli.names import ImageRef
 
 __all__ = ["COMMAND", "run"]
 
@@ -51,23 +55,37 @@ def run(args: Args, console: Console) -> int:
     options.wants_json(args)
     secrets = parse_secrets(args.texts("object"))
     cache = options.cache_mode(args)
-    options.cache_mode(args, source=True)
+    source_cache = options.cache_mode(args, source=True)
     ref = options.single_image(args)
     with open_image(ref, console, secrets=secrets, writable=True, cache=cache, backing=not unsafe) as image:
-        if fmt is not None and fmt not in creation.KNOWN_FORMATS:
-            raise Failure(f"Invalid format name: '{fmt}'")
-        if backing and not unsafe:
-            _open_new_backing(backing, fmt, ref, console)
-        if backing and fmt is None:
-            raise Failure(f"Could not change the backing file to '{backing}': backing format must be specified")
-        problem = "Operation not supported" if image.format == "raw" else "not supported yet"
-        raise Failure(f"Could not change the backing file to '{backing}': {problem}")
-
-
-def _open_new_backing(backing: str, fmt: str | None, owner: ImageRef, console: Console) -> None:
-    name = full_backing_name(owner.path, backing)
+        size = image.size
+    if fmt is not None and fmt not in creation.KNOWN_FORMATS:
+        raise Failure(f"Invalid format name: '{fmt}'")
+    shown = args.flag("progress") and not args.flag("quiet")
+    progress = Progress(console, shown, step=2.0, total=size, form=options.progress_form(args))
+    progress.report(0)
     try:
-        open_image(image_ref(name, fmt), console, secrets={}).close()
-    except Failure as failure:
-        text = failure.messages[0].removeprefix(f"Could not open '{name}': ")
-        raise Failure(f"Could not open new backing file '{backing}': {text}", hint=failure.hint) from None
+        _rebase(ref, args, cache, source_cache, secret_of(ref, secrets), progress)
+        progress.report(100)
+    finally:
+        progress.end()
+    return 0
+
+
+def _rebase(ref: ImageRef, args: Args, cache: str, source_cache: str, secret: bytes | None, progress: Progress) -> None:
+    from qcowlib.jobs.rebase import rebase
+
+    try:
+        rebase(
+            ref.path,
+            args.text("backing") or None,
+            args.text("backing-format"),
+            format=ref.format,
+            unsafe=args.flag("unsafe"),
+            cache=cache,  # type: ignore[arg-type]
+            source_cache=source_cache,  # type: ignore[arg-type]
+            secret=secret,
+            progress=progress.within(),
+        )
+    except Error as error:
+        raise Failure(error.message, hint=hint_text(error)) from None

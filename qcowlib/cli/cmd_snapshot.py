@@ -18,7 +18,7 @@ from qcowlib.cli.names import ImageRef
 from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import hint_text, open_failure, open_image, open_storage, tell_lost_bitmaps
 from qcowlib.cli.parser import Args, Command, Option
-from qcowlib.errors import Error, StorageError, UsageError
+from qcowlib.errors import CorruptImage, Error, StorageError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,8 +106,11 @@ def _change(ref: ImageRef, args: Args, action: tuple[str, str], secrets: Mapping
             else:
                 image.delete_snapshot(name, by_id=False)
         except Error as error:
-            cause = _cause(verb, error, console.prog.startswith("qemu-img"))
-            raise Failure(f"{_FAILED[verb]} '{name}': {cause}", hint=hint_text(error)) from None
+            compatible = console.prog.startswith("qemu-img")
+            text = f"{_FAILED[verb]} '{name}': {_cause(verb, error, compatible)}"
+            # Source: qemu-img tells of a damaged table in a line of its own.
+            first = [error.message] if compatible and verb == "apply" and isinstance(error, CorruptImage) else []
+            raise Failure(*first, text, hint=hint_text(error)) from None
 
 
 def _cause(verb: str, error: Error, compatible: bool) -> str:

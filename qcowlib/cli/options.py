@@ -52,6 +52,7 @@ __all__ = [
     "cache_mode",
     "list_option",
     "progress_form",
+    "reraise_snapshot",
     "single_image",
     "wants_json",
 ]
@@ -96,3 +97,13 @@ def single_image(args: Args) -> ImageRef:
     if len(args.operands) != 1:
         raise usage_failure("Expecting one image file name")
     return image_ref(args.operands[0], args.text("format"), image_opts=args.flag("image-opts"))
+
+
+def reraise_snapshot(failure: Failure, snapshot: str | None) -> None:
+    """Raise what is to be said instead of *failure* if it is the snapshot that could not be opened."""
+    if snapshot is None:
+        return
+    text = failure.messages[0]
+    for cause in ("Can't find snapshot", "Snapshot L1 table too large", "Snapshot L1 table offset invalid"):
+        if cause in text:
+            raise Failure(f"Failed to load snapshot: {cause}") from None

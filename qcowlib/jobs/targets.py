@@ -64,6 +64,14 @@ class Target(Protocol):
         """Complete the target; durable on return."""
 
 
+def _written(offset: int, length: int) -> Iterator[Action]:
+    """Zeros as data, in pieces."""
+    end = offset + length
+    for start in range(offset, end, len(_ZEROS)):
+        count = min(len(_ZEROS), end - start)
+        yield Action(start, count, _ZEROS[:count])
+
+
 class RawTarget:
     """Guest offsets are file offsets."""
 
@@ -128,11 +136,8 @@ class BuildTarget:
         for action in actions:
             if action.data is not None or self._version > 2:
                 yield action
-                continue
-            end = action.offset + action.length
-            for start in range(action.offset, end, len(_ZEROS)):
-                count = min(len(_ZEROS), end - start)
-                yield Action(start, count, _ZEROS[:count])
+            else:
+                yield from _written(action.offset, action.length)
 
     def store(self, placed: Sequence[Placed]) -> None:
         for offset, buffers in placed:
@@ -160,12 +165,22 @@ class ImageTarget:
         image = self.image
         for offset, length, data, packed in actions:
             if data is None:
-                image.zero(*self._widened(offset, length))
+                self._zero(offset, length)
             elif packed:
                 image.write_compressed(data, offset)
             else:
                 image.pwrite(data, offset)
         return []
+
+    def _zero(self, offset: int, length: int) -> None:
+        image = self.image
+        top = image.layers[0]
+        if isinstance(top, Qcow2Image) and top.header.version == 2 and len(image.layers) > 1:
+            # Source: without zero clusters qemu writes them, also over what reads as zeros already.
+            for start, _, data, _ in _written(offset, length):
+                image.pwrite(data or b"", start)
+        else:
+            image.zero(*self._widened(offset, length))
 
     def _widened(self, offset: int, length: int) -> tuple[int, int]:
         """Return length and offset of the range with its outer (sub)clusters whole, where they read as zeros already.

@@ -8,7 +8,9 @@ this is what ``info`` costs.  Sizes are bounded before anything is allocated.
 
 from __future__ import annotations
 
+from qcowlib.errors import CorruptImage
 from qcowlib.ondisk.bitmaps import BitmapEntry, parse_bitmap_directory
+from qcowlib.ondisk.constants import MAX_L1_BYTES
 from qcowlib.ondisk.header import HEADER_READ, Header, header_read_size
 from qcowlib.ondisk.snapshots import ShortTable, SnapshotEntry, parse_snapshots
 
@@ -16,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
 
-__all__ = ["read_bitmaps", "read_header", "read_snapshots"]
+__all__ = ["check_snapshot_l1", "read_bitmaps", "read_header", "read_snapshots"]
 
 
 def read_header(storage: Storage, *, writable: bool = False, repair: bool = False, no_io: bool = False) -> Header:
@@ -43,6 +45,15 @@ def read_snapshots(storage: Storage, header: Header) -> list[SnapshotEntry]:
             return parse_snapshots(bytes(data), header.nb_snapshots, path=storage.name)
         except ShortTable as short:
             length = max(2 * length, short.needed)
+
+
+def check_snapshot_l1(entry: SnapshotEntry, cluster_size: int, storage: Storage) -> None:
+    """Raise CorruptImage, in qemu's words, unless the L1 table of a snapshot can be read."""
+    length = 8 * entry.l1_size
+    if length > MAX_L1_BYTES:
+        raise CorruptImage("Snapshot L1 table too large", path=storage.name)
+    if entry.l1_table_offset % cluster_size or (length and entry.l1_table_offset + length > storage.size):
+        raise CorruptImage("Snapshot L1 table offset invalid", path=storage.name)
 
 
 def read_bitmaps(storage: Storage, header: Header) -> list[BitmapEntry]:

@@ -26,7 +26,7 @@ from qcowlib.ondisk import (
     SnapshotEntry,
     snapshot_table_size,
 )
-from qcowlib.qcow2.directories import read_header, read_snapshots
+from qcowlib.qcow2.directories import check_snapshot_l1, read_header, read_snapshots
 from qcowlib.qcow2.grow import Allocator
 from qcowlib.qcow2.ordering import Mutex, Writeback
 from qcowlib.qcow2.read import Cipher, LayerReader
@@ -139,6 +139,8 @@ class Qcow2Image:
     def _load_l1(self, snapshot: SnapshotEntry | None) -> None:
         offset = self.header.l1_table_offset if snapshot is None else snapshot.l1_table_offset
         count = self.header.l1_size if snapshot is None else snapshot.l1_size
+        if snapshot is not None:
+            check_snapshot_l1(snapshot, self.header.cluster_size, self.storage)
         length = 8 * count
         size = self.storage.size
         if length > MAX_L1_BYTES or (length and (offset % self.header.cluster_size or offset + length > size)):

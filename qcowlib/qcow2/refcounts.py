@@ -9,8 +9,11 @@ a block is refused before it is read (I9).
 
 from __future__ import annotations
 
+import errno
+
 from qcowlib.errors import CorruptImage
 from qcowlib.native import Refcounts
+from qcowlib.ondisk import MAX_REFCOUNT_TABLE_BYTES
 from qcowlib.units import MiB
 
 TYPE_CHECKING = False
@@ -19,10 +22,21 @@ if TYPE_CHECKING:
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
 
-__all__ = ["RefcountStore"]
+__all__ = ["NotCovered", "RefcountStore"]
 
 _OK, _NEED, _NO_BLOCK, _RANGE = range(4)
 _CACHE_BYTES = 8 * MiB
+
+
+class NotCovered(CorruptImage):
+    """A reference to a cluster that has no refcount block.
+
+    ``errno`` is what qemu reports: EFBIG where no refcount table could reach it.
+    """
+
+    def __init__(self, offset: int, block: int, path: str) -> None:
+        super().__init__(f"no refcount block covers the cluster at {offset:#x}", path=path)
+        self.errno = errno.EFBIG if block >= MAX_REFCOUNT_TABLE_BYTES // 8 else errno.EAGAIN
 
 
 class RefcountStore:
@@ -87,8 +101,7 @@ class RefcountStore:
             if code == _RANGE:
                 await self._change_each(cluster, part)
             elif code == _NO_BLOCK and increment:
-                offset = cluster << self.header.cluster_bits
-                raise CorruptImage(f"no refcount block covers the cluster at {offset:#x}", path=self.storage.name)
+                raise NotCovered(cluster << self.header.cluster_bits, cluster // per_block, self.storage.name)
             cluster += part
             count -= part
 

@@ -30,7 +30,6 @@ from qcowlib.errors import CorruptImage, Error, UnsupportedFeature, UsageError, 
 from qcowlib.native import RunList, l2_clear_copied, l2_references
 from qcowlib.ondisk import (
     COPIED,
-    MAX_L1_BYTES,
     MAX_SNAPSHOTS,
     OFFSET_MASK,
     SnapshotEntry,
@@ -38,7 +37,7 @@ from qcowlib.ondisk import (
     pack_snapshots,
     unpack_compressed,
 )
-from qcowlib.qcow2.directories import read_snapshots
+from qcowlib.qcow2.directories import check_snapshot_l1, read_snapshots
 from qcowlib.qcow2.ordering import PREPARE
 from qcowlib.units import MiB, round_up
 
@@ -431,12 +430,9 @@ class _Change:
 
 def read_snapshot_l1(image: Qcow2Image, entry: SnapshotEntry) -> bytes:
     """Read the L1 table of a snapshot (blocking)."""
-    length = 8 * entry.l1_size
-    offset = entry.l1_table_offset
-    if length > MAX_L1_BYTES or offset % image.cluster_size or (length and offset + length > image.storage.size):
-        raise CorruptImage("the L1 table of the snapshot is not inside the file", path=_name(image))
-    data = bytearray(length)
-    image.storage.read_into(offset, [data])
+    check_snapshot_l1(entry, image.cluster_size, image.storage)
+    data = bytearray(8 * entry.l1_size)
+    image.storage.read_into(entry.l1_table_offset, [data])
     return bytes(data)
 
 

@@ -17,7 +17,10 @@ TABLES = sorted(HERE.glob("lines/*.txt"))
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: path.stem)
 def test_lines_do_the_same(table: Path, pair: Any) -> None:
-    """Each line of a table runs on what the lines before it left; ``!`` lines only prepare."""
+    """Each line of a table runs on what the lines before it left; ``!`` lines only prepare.
+
+    What the file occupies on the host is left out of lines with ``~``.
+    """
     compared = 0
     for line in table.read_text().splitlines():
         if line.startswith("!"):

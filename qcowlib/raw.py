@@ -10,6 +10,7 @@ does.
 from __future__ import annotations
 
 from qcowlib.errors import UsageError
+from qcowlib.storage.space import reserve_space
 from qcowlib.units import SECTOR, round_up
 
 TYPE_CHECKING = False
@@ -83,4 +84,5 @@ class RawWriter:
             raise UsageError("Use the --shrink option to perform a shrink operation.", path=image.storage.name)
         await image.runtime.io(image.storage.resize, size)
         if preallocation != "off" and size > old:
-            await image.runtime.io(lambda: image.storage.zero(old, size - old, allocate=True))
+            full = preallocation == "full"
+            await image.runtime.io(lambda: reserve_space(image.storage, old, size - old, full=full))

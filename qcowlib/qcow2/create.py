@@ -32,6 +32,7 @@ from qcowlib.ondisk import (
 from qcowlib.ondisk.constants import INT64_MAX
 from qcowlib.qcow2.layout import NewImage
 from qcowlib.storage.base import Storage
+from qcowlib.storage.space import reserve_space
 from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
 TYPE_CHECKING = False
@@ -292,7 +293,7 @@ class _Creator(NewImage):
         if data.size < size:
             data.resize(size)
         if mode in ("falloc", "full") and size:
-            data.zero(0, size, allocate=True)
+            reserve_space(data, 0, size, full=mode == "full")
 
     # -- preallocation -----------------------------------------------------------
 
@@ -351,7 +352,8 @@ class _Creator(NewImage):
         start = placement.grow_table(placement.end, clusters + tables, exact=True)
         placement.allocate_at(start, clusters)
         end = (start + clusters) << header.cluster_bits
-        storage.zero(start << header.cluster_bits, end - (start << header.cluster_bits), allocate=True)
+        full = self.options.preallocation == "full"
+        reserve_space(storage, start << header.cluster_bits, clusters << header.cluster_bits, full=full)
         self.tail = max(self.tail, end)
         for l1_index in range(header.l1_size):
             first = l1_index * header.l2_entries
@@ -392,7 +394,7 @@ def create_raw(storage: Storage, size: int, *, preallocation: Preallocation = "o
     if storage.size < size:
         raise StorageError(errno.ENOSPC, path=storage.name, operation="resize")
     if preallocation != "off" and size:
-        storage.zero(0, size, allocate=True)
+        reserve_space(storage, 0, size, full=preallocation == "full")
     if size:
         storage.write(0, [bytes(min(size, _RAW_PROBE))])
     storage.flush()

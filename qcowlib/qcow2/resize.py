@@ -14,10 +14,12 @@ longer backing file left there; a cut leaves the old size or the new one.
 from __future__ import annotations
 
 import errno
+from functools import partial
 
 from qcowlib.driver import DATA
 from qcowlib.errors import CorruptImage, StorageError, UsageError
 from qcowlib.ondisk import MAX_L1_BYTES, l1_entries
+from qcowlib.storage.space import reserve_space
 from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
 TYPE_CHECKING = False
@@ -27,13 +29,11 @@ if TYPE_CHECKING:
     from qcowlib.qcow2.create import Preallocation
     from qcowlib.qcow2.image import Qcow2Image
     from qcowlib.qcow2.write import Writer
-    from qcowlib.storage.base import Storage
 
 __all__ = ["cut_tail", "resize"]
 
 _PIECE = 64 * MiB
 _SHORT = 1 * MiB
-_ZEROS = memoryview(bytes(2 * MiB))
 _SIZE_FIELD = (24, 32)
 
 
@@ -171,23 +171,17 @@ async def _preallocate(writer: Writer, start: int, end: int, mode: Preallocation
             host, got, fresh = start, count, True
         else:
             host, got, fresh = await image.allocation.clusters(count)
-        if mode == "full" or (mode == "falloc" and short):
-            await image.runtime.io(_write_zeros, image.data, host, got * size)
-        elif mode == "falloc" or not fresh:
-            await image.runtime.io(lambda h=host, n=got: image.data.zero(h, n * size, allocate=mode == "falloc"))
+        if mode != "metadata":
+            reserve = partial(reserve_space, image.data, host, got * size, full=mode == "full" or short)
+            await image.runtime.io(reserve)
+        elif not fresh:
+            await image.runtime.io(image.data.zero, host, got * size)
         elif image.data.size < host + got * size:
             await image.runtime.io(image.data.resize, host + got * size)
         await writer.own_table(start)
         valid = start if cmap.extended and mode == "metadata" else start + got * size
         cmap.set_data(start, got, host, start, valid, image.changing.freed)
         start += got * size
-
-
-def _write_zeros(storage: Storage, offset: int, length: int) -> None:
-    """Write zeros, so that the space is there and written to."""
-    end = offset + length
-    for start in range(offset, end, len(_ZEROS)):
-        storage.write(start, [_ZEROS[: min(len(_ZEROS), end - start)]])
 
 
 async def _shrink(writer: Writer, size: int, refresh: Callable[[], None]) -> None:

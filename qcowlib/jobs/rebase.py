@@ -57,7 +57,7 @@ def rebase(
     """Make *backing* (the name as stored; ``None`` or empty: nothing) the backing file of the image at *path*.
 
     With *unsafe* only the header changes: for a backing file that was moved or
-    that is known to have the same content.
+    that is known to have the same content.  Its format is not looked at then.
 
     Raises: UsageError, before anything is changed, also when the name does not
     fit; Busy; Cancelled; any error of opening; StorageError.
@@ -66,7 +66,7 @@ def rebase(
     name = None if backing is None else os.fspath(backing) or None
     if name is not None and backing_format is None:
         raise UsageError(f"Could not change the backing file to '{printable(name)}': backing format must be specified")
-    if name is not None and backing_format not in ("raw", "qcow2"):
+    if name is not None and not unsafe and backing_format not in ("raw", "qcow2"):
         raise UsageError(f"Invalid format name: '{printable(backing_format or '')}'")
     with open_image(
         path, "r+", format=format, references=references, cache=cache, secret=secret, backing=not unsafe

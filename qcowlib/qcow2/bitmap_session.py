@@ -286,7 +286,20 @@ class BitmapSession:
         """Make an empty bitmap."""
         async with self._structural() as space:
             entry = self._new(name, granularity, 0 if disabled else AUTO)
-            await self._publish(space, [*self.entries, await self._fold(space, entry, None)])
+            entries = [
+                await self._moved(space, other) if other.auto and not other.in_use else other for other in self.entries
+            ]
+            await self._publish(space, [*entries, await self._fold(space, entry, None)])
+
+    async def _moved(self, space: _Space, entry: BitmapEntry) -> BitmapEntry:
+        """Return *entry* with its table at a new place.
+
+        Source: qemu stores enabled bitmaps anew then, and files are to be as long as its.
+        """
+        image = self.image
+        table = await image.runtime.io(Table, image.storage, image.header, entry)
+        space.drop_range(entry.table_offset, 8 * entry.table_size)
+        return entry._replace(table_offset=await space.store(bytes(table.data)))
 
     async def remove(self, name: str) -> None:
         """Delete a bitmap, an inconsistent one too."""
@@ -426,7 +439,7 @@ class _Space:
         place, _, _ = await image.allocation.clusters(count, contiguous=True)
         self._taken.append((place, count))
         image.cmap.guard(place, len(data))
-        await image.runtime.io(image.storage.write, place, [data.ljust(count * image.cluster_size, b"\0")])
+        await image.runtime.io(image.storage.write, place, [data])
         return place
 
     async def page(self, table: Table, index: int, page: bytearray) -> None:

@@ -170,7 +170,7 @@ class Recovery:
     """Judges domains by what hosts report; pure, the time is an argument."""
 
     def __init__(self, policy: RecoveryPolicy | None = None) -> None:
-        self._policy = policy or RecoveryPolicy()
+        self.policy = policy or RecoveryPolicy()
         self._seen: dict[str, dict[int, _Seen]] = {}
         self._tried: dict[str, float] = {}
 
@@ -204,10 +204,10 @@ class Recovery:
                 if self._tried.pop(uuid, None) is not None:
                     due.append(Event("back", uuid))
             elif uuid in self._tried:
-                if now - self._tried[uuid] >= self._policy.retry_s:
+                if now - self._tried[uuid] >= self.policy.retry_s:
                     self._tried[uuid] = now
                     due.append(Event("try", uuid))
-            elif hosts and all(now - seen.since >= self._policy.grace_s for seen in hosts.values()):
+            elif hosts and all(now - seen.since >= self.policy.grace_s for seen in hosts.values()):
                 self._tried[uuid] = now
                 due.append(Event("lost", uuid))
         return due
@@ -219,7 +219,7 @@ class Recovery:
             if not any(seen.valid for seen in hosts.values()):
                 continue
             for host, seen in hosts.items():
-                if not seen.valid and now - seen.since >= self._policy.grace_s:
+                if not seen.valid and now - seen.since >= self.policy.grace_s:
                     found.setdefault(host, []).append(uuid)
         return found
 

@@ -30,12 +30,21 @@ __all__ = ["commit_preview", "create_snapshot", "preview", "undo_preview"]
 
 
 def _child(
-    token: SpmToken, domain: Domain, image: str, parent: str, volume: str | None, capacity: int | None, ctime: int
+    token: SpmToken, group: ImageGroup, parent: str, volume: str | None, capacity: int | None, ctime: int
 ) -> str:
-    record = domain.record(parent)
+    domain, record = group.domain, group.records[parent]
     name = volume or make_id()
     spec = VolumeSpec(
-        image, name, capacity or record.capacity, COW, SPARSE, parent, record.disktype, record.description
+        group.image,
+        name,
+        capacity or record.capacity,
+        COW,
+        SPARSE,
+        parent,
+        record.disktype,
+        record.description,
+        # One more than any volume of the image has, also beside a preview.
+        sequence=1 + max(other.sequence for other in group.records.values() if other.image == group.image),
     )
     create_volume(token, domain, spec, ctime)
     return name
@@ -55,7 +64,7 @@ def create_snapshot(
         raise Illegal(f"the image {image} is previewed", path=domain.name, hint="Commit or undo the preview first.")
     leaf = group.leaf()
     group.chain(leaf)
-    return _child(token, domain, image, leaf, volume, capacity, ctime)
+    return _child(token, group, leaf, volume, capacity, ctime)
 
 
 def preview(
@@ -71,7 +80,7 @@ def preview(
         raise Illegal(f"the image {image} is previewed already", path=domain.name)
     if check_id(snapshot, "volume UUID") == leaf or snapshot not in group.chain(leaf):
         raise Illegal(f"the volume {snapshot} is no snapshot of the image", path=domain.name)
-    return _child(token, domain, image, snapshot, volume, None, ctime)
+    return _child(token, group, snapshot, volume, None, ctime)
 
 
 def _active_leaf(group: ImageGroup, previewed: str) -> str:

@@ -1,0 +1,453 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Domains and disks as the engine gives them to a tool (:mod:`.engine`).
+
+Invariant: nothing of its own is kept here but the open domain; what a handle
+answers is read when it is asked, and every change passes the token and the
+space policy on the way to the module that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import qcowlib
+
+from . import block_group, exchange, image_group, iso, merge, snapshot, transfer, volume
+from .block_domain import BlockDomain
+from .check import DomainReport, check_domain, mend
+from .errors import Illegal, NotFound
+from .file_domain import FileDomain
+from .ids import BLANK, make_id
+from .metadata_volume import PREALLOCATED, RAW, SHARED, SPARSE, VolumeMetadata
+from .sizes import CHUNK
+from .space import Space, SpacePolicy, account
+from .stream import Progress, Readable, Received, Writable
+from .upgrade import upgrade
+
+if TYPE_CHECKING:
+    from .token import SpmToken
+
+__all__ = ["AnyDomain", "Context", "Disk", "EngineDomain"]
+
+AnyDomain = FileDomain | BlockDomain
+
+
+def _silent(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+class Context:
+    """What the parts of one engine share: the right to change, the clock (seconds since 1970), the space policy."""
+
+    __slots__ = ("_take", "_token", "now", "space")
+
+    def __init__(self, take: Callable[[], SpmToken], now: Callable[[], int], space: SpacePolicy) -> None:
+        self._take = take
+        self._token: SpmToken | None = None
+        self.now = now
+        self.space = space
+
+    @property
+    def token(self) -> SpmToken:
+        """The right to change, taken at the first change.  Raises: Busy, NotAuthorized."""
+        if self._token is None:
+            self._token = self._take()
+        return self._token
+
+
+class EngineDomain:
+    """A domain: what is in it, how it is, and what can be made in it.
+
+    ``domain`` is the open :class:`~storage_pool.file_domain.FileDomain` or
+    :class:`~storage_pool.block_domain.BlockDomain`.
+    """
+
+    __slots__ = ("_context", "domain")
+
+    def __init__(self, context: Context, domain: AnyDomain) -> None:
+        self._context = context
+        self.domain = domain
+
+    @property
+    def uuid(self) -> str:
+        """Its UUID."""
+        return self.domain.uuid
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.domain.metadata.description
+
+    @property
+    def version(self) -> int:
+        """Version of its metadata; V1 is 0."""
+        return self.domain.metadata.version
+
+    def info(self) -> dict[str, object]:
+        """Return what reports show of it: its keys, its space, what to warn of."""
+        total, free = self.domain.capacity()
+        return {
+            **self.domain.metadata.info(),
+            "path": self.domain.name,
+            "total": total,
+            "free": free,
+            "warnings": self.warnings(),
+        }
+
+    def space(self) -> Space:
+        """Return how full it is and how much was promised."""
+        return account(self.domain)
+
+    def warnings(self) -> list[str]:
+        """Return limits and low space worth telling people, each with its figure."""
+        found = self.domain.warnings() if isinstance(self.domain, BlockDomain) else []
+        return found + self._context.space.warnings(self.space())
+
+    def require(self, needed: int) -> None:
+        """Refuse what would leave too little space.  Raises: NoSpace."""
+        self._context.space.require(Space(*self.domain.capacity(), 0, 0, 0), needed, self.domain.name)
+
+    # Disks
+
+    def disks(self) -> list[Disk]:
+        """Return its disks and templates, by UUID."""
+        entries = self.domain.entries().values()
+        images = {entry.images[0] for entry in entries if not (entry.removed or entry.initializing)}
+        return [Disk(self._context, self, image) for image in sorted(images)]
+
+    def disk(self, image: str) -> Disk:
+        """Return a disk.  Raises: NotFound."""
+        image_group.ImageGroup.load(self.domain, image)
+        return Disk(self._context, self, image)
+
+    def create_disk(
+        self,
+        size: int = 0,
+        *,
+        template: Disk | None = None,
+        format: Literal["COW", "RAW"] = "COW",
+        preallocated: bool = False,
+        description: str = "",
+    ) -> Disk:
+        """Make a disk of *size* bytes, empty or thin on a *template* (whose size it has by default).
+
+        Raises: IllegalSpec, Illegal, NoSpace.
+        """
+        parent = BLANK if template is None else template.leaf
+        if template is not None:
+            size = size or template.size
+        kind = PREALLOCATED if preallocated or (format == RAW and self.domain.block) else SPARSE
+        self.require(size if kind == PREALLOCATED else self.thin_start(size))
+        spec = volume.VolumeSpec(make_id(), make_id(), size, format, kind, parent, description=description)
+        volume.create_volume(self._context.token, self.domain, spec, self._context.now())
+        return Disk(self._context, self, spec.image)
+
+    def thin_start(self, capacity: int) -> int:
+        """Return the bytes that a new thin volume takes at once."""
+        return min(CHUNK, capacity) if self.domain.block else 0
+
+    def upload(
+        self,
+        stream: Readable,
+        size: int,
+        *,
+        content: Literal["raw", "qcow2"] = "raw",
+        description: str = "",
+        sha256: str | None = None,
+        progress: Progress = _silent,
+    ) -> Disk:
+        """Make a disk of a stream; see :func:`.exchange.upload`."""
+        self.require(size)
+        made = exchange.upload(
+            self._context.token,
+            self.domain,
+            stream,
+            size,
+            ctime=self._context.now(),
+            content=content,
+            description=description,
+            sha256=sha256,
+            progress=progress,
+        )
+        return Disk(self._context, self, made.image)
+
+    # Health
+
+    def check(self) -> DomainReport:
+        """Compare all that it says about its volumes; reads only."""
+        return check_domain(self.domain)
+
+    def mend(self) -> DomainReport:
+        """End what was cut and mend what has a rule; returns what is left."""
+        return mend(self._context.token, self.domain)
+
+    def upgrade(self, version: int) -> list[str]:
+        """Convert it in place; returns problems of single volumes."""
+        return list(upgrade(self._context.token, self.domain, version, ctime=self._context.now()))
+
+    def destroy(self) -> None:
+        """Remove it with everything in it.  Raises: Illegal while it is attached."""
+        if isinstance(self.domain, BlockDomain):
+            block_group.destroy_block_domain(self._context.token, self.domain)
+        else:
+            self.domain.destroy(self._context.token)
+
+    # Devices of a volume group
+
+    def _group(self) -> BlockDomain:
+        if not isinstance(self.domain, BlockDomain):
+            raise Illegal("a domain in a directory has no devices", path=self.domain.name)
+        return self.domain
+
+    def extend(self, devices: Sequence[str], *, force: bool = False) -> None:
+        """Add devices."""
+        block_group.extend_block_domain(self._context.token, self._group(), devices, force=force)
+
+    def reduce(self, device: str) -> None:
+        """Take an empty device out."""
+        block_group.reduce_block_domain(self._context.token, self._group(), device)
+
+    def resize(self, device: str) -> None:
+        """Let it see that a device has grown."""
+        block_group.resize_device(self._context.token, self._group(), device)
+
+    # Media of an ISO domain
+
+    def _files(self) -> FileDomain:
+        if not isinstance(self.domain, FileDomain):
+            raise Illegal("a volume group holds no files", path=self.domain.name)
+        return self.domain
+
+    def media(self) -> dict[str, int]:
+        """Return size by name of the media."""
+        return iso.list_media(self._files())
+
+    def upload_media(
+        self, name: str, stream: Readable, *, sha256: str | None = None, progress: Progress = _silent
+    ) -> Received:
+        """Put a medium into it."""
+        return iso.upload_media(self._context.token, self._files(), name, stream, sha256=sha256, progress=progress)
+
+    def refresh(self) -> None:
+        """Forget what was read; other hosts may have changed it."""
+        self.domain.refresh()
+
+    def reopen(self) -> None:
+        """Open it anew, as after its storage was away; ``domain`` is another object then."""
+        if isinstance(self.domain, BlockDomain):
+            self.domain.refresh()
+            return
+        made = FileDomain.open(self.domain.name)
+        self.domain.close()
+        self.domain = made
+
+    def close(self) -> None:
+        """Close it."""
+        self.domain.close()
+
+
+class Disk:
+    """A disk or template, by its image UUID in one domain."""
+
+    __slots__ = ("_context", "home", "image")
+
+    def __init__(self, context: Context, home: EngineDomain, image: str) -> None:
+        self._context = context
+        self.home = home
+        self.image = image
+
+    def __repr__(self) -> str:
+        return f"<storage_pool.Disk {self.image}>"
+
+    def _group(self) -> image_group.ImageGroup:
+        return image_group.ImageGroup.load(self.home.domain, self.image)
+
+    def _record(self) -> VolumeMetadata:
+        return self.home.domain.record(self.leaf)
+
+    @property
+    def leaf(self) -> str:
+        """The volume that takes the writes.  Raises: MetadataError during a preview, when there are two."""
+        return self._group().leaf()
+
+    @property
+    def chain(self) -> list[str]:
+        """Its volumes from the leaf down, a template's included."""
+        return self._group().chain()
+
+    @property
+    def snapshots(self) -> list[str]:
+        """Its snapshots, the newest first: its own volumes below the leaf."""
+        group = self._group()
+        own = set(group.own())
+        return [member for member in group.chain()[1:] if member in own]
+
+    @property
+    def size(self) -> int:
+        """Bytes as a guest sees them."""
+        return self._record().capacity
+
+    @property
+    def is_template(self) -> bool:
+        """Whether it is a template."""
+        return self._record().voltype == SHARED
+
+    @property
+    def description(self) -> str:
+        """The description of its leaf."""
+        return self._record().description
+
+    def open(self, mode: Literal["r", "r+"] = "r", *, volume_id: str | None = None) -> qcowlib.Image:
+        """Open it, or one volume of it, with the chain below."""
+        return volume.open_image(self.home.domain, volume_id or self.leaf, writable=mode == "r+")
+
+    def extend(self, size: int) -> None:
+        """Make it larger."""
+        volume.extend_capacity(self._context.token, self.home.domain, self.leaf, size)
+
+    def remove(self, *, zero: bool = False) -> None:
+        """Remove it; *zero* overwrites its data first.  Raises: Illegal for a template in use."""
+        volume.remove_volumes(self._context.token, self.home.domain, self.image, self._group().own(), zero=zero)
+
+    # Snapshots
+
+    def snapshot(self) -> str:
+        """Take a snapshot while nobody writes; returns its volume, and a new leaf takes the writes."""
+        taken = self.leaf
+        self.home.require(self.home.thin_start(self.size))
+        snapshot.create_snapshot(self._context.token, self.home.domain, self.image, ctime=self._context.now())
+        return taken
+
+    def preview(self, taken: str) -> str:
+        """Make a second leaf on a snapshot and return it."""
+        return snapshot.preview(self._context.token, self.home.domain, self.image, taken, ctime=self._context.now())
+
+    def undo(self, previewed: str) -> None:
+        """Drop a preview."""
+        snapshot.undo_preview(self._context.token, self.home.domain, self.image, previewed)
+
+    def commit(self, previewed: str) -> list[str]:
+        """Make a preview the disk; returns the volumes that were dropped."""
+        return snapshot.commit_preview(self._context.token, self.home.domain, self.image, previewed)
+
+    def delete_snapshot(self, taken: str) -> None:
+        """Merge what came after a snapshot into it, so that the disk stays and the snapshot is none any more.
+
+        Raises: NotFound, Illegal.
+        """
+        group = self._group()
+        if taken not in group.own():
+            raise NotFound(f"the disk has no volume {taken}", path=self.home.domain.name)
+        above = group.children(taken)
+        if len(above) != 1:
+            raise Illegal(f"{len(above)} volumes stand on the snapshot {taken}", path=self.home.domain.name)
+        merge.merge(self._context.token, self.home.domain, self.image, above[0])
+
+    # Copies
+
+    def _room(self, target: EngineDomain, volumes: Sequence[str]) -> None:
+        target.require(sum(self.home.domain.usage_of(member) for member in volumes))
+
+    def make_template(
+        self, *, to: EngineDomain | None = None, description: str | None = None, progress: Progress = _silent
+    ) -> Disk:
+        """Make a template of what it reads as."""
+        target = to or self.home
+        self._room(target, self.chain)
+        made, _ = transfer.make_template(
+            self._context.token,
+            self.home.domain,
+            self.image,
+            target.domain,
+            ctime=self._context.now(),
+            description=description,
+            progress=_as_none(progress),
+        )
+        return Disk(self._context, target, made)
+
+    def clone(self, *, to: EngineDomain | None = None, progress: Progress = _silent) -> Disk:
+        """Make a disk of one volume that reads as this one."""
+        target = to or self.home
+        self._room(target, self.chain)
+        made, _ = transfer.collapse(
+            self._context.token,
+            self.home.domain,
+            self.image,
+            target.domain,
+            ctime=self._context.now(),
+            progress=_as_none(progress),
+        )
+        return Disk(self._context, target, made)
+
+    def copy(self, *, to: EngineDomain | None = None, progress: Progress = _silent) -> Disk:
+        """Copy it with its snapshots; into another domain its UUIDs stay."""
+        target = to or self.home
+        self._room(target, self._group().own())
+        made = transfer.copy_image(
+            self._context.token,
+            self.home.domain,
+            self.image,
+            target.domain,
+            ctime=self._context.now(),
+            progress=_as_none(progress),
+        )
+        return Disk(self._context, target, made)
+
+    def move(self, to: EngineDomain, *, progress: Progress = _silent) -> Disk:
+        """Move it to another domain."""
+        self._room(to, self._group().own())
+        exchange.move_image(
+            self._context.token,
+            self.home.domain,
+            self.image,
+            to.domain,
+            ctime=self._context.now(),
+            progress=_as_none(progress),
+        )
+        self.home = to
+        return self
+
+    def export(self, to: EngineDomain, *, progress: Progress = _silent) -> Disk:
+        """Copy it to an export domain."""
+        self._room(to, self._group().own())
+        exchange.export_image(
+            self._context.token,
+            self.home.domain,
+            self.image,
+            to.domain,
+            ctime=self._context.now(),
+            progress=_as_none(progress),
+        )
+        return Disk(self._context, to, self.image)
+
+    def import_to(
+        self, target: EngineDomain, *, new_ids: bool = False, flat: bool = False, progress: Progress = _silent
+    ) -> Disk:
+        """Copy it from its export domain into a data domain."""
+        self._room(target, self._group().own())
+        made = exchange.import_image(
+            self._context.token,
+            self.home.domain,
+            self.image,
+            target.domain,
+            ctime=self._context.now(),
+            new_ids=new_ids,
+            flat=flat,
+            progress=_as_none(progress),
+        )
+        return Disk(self._context, target, made)
+
+    def download(self, sink: Writable, *, volume_id: str | None = None, progress: Progress = _silent) -> Received:
+        """Write what a guest reads of it to *sink*."""
+        return exchange.download(self.home.domain, self.image, sink, volume=volume_id, progress=_as_none(progress))
+
+
+def _as_none(progress: Progress) -> Callable[[int, int], None]:
+    """Return *progress* with its answer dropped."""
+
+    def told(done: int, total: int) -> None:
+        progress(done, total)
+
+    return told

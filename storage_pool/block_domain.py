@@ -208,8 +208,12 @@ class BlockDomain:
             if not lv.segments:
                 return None
             first = lv.segments[0]
+            mapping = self.metadata.pv_mapping.values()
+            pv = self.state.pvs.get(first.device)
             guid = first.device.rpartition("/")[2]
-            return v1_slot(self.metadata.pv_mapping.values(), guid, first.first_extent)
+            # The device may have another name on this host; its LVM UUID stays.
+            known = next((entry.guid for entry in mapping if pv is not None and entry.uuid == pv.uuid), guid)
+            return v1_slot(mapping, known, first.first_extent)
         return layout.slot_of(lv.tags)
 
     def entries(self) -> dict[str, VolumeEntry]:
@@ -310,7 +314,7 @@ class BlockDomain:
 
     # Volumes
 
-    def allocate(self, token: SpmToken, image: str, volume: str, size: int) -> None:
+    def allocate(self, token: SpmToken, image: str, volume: str, size: int, note: str | None = None) -> None:
         check_id(image, "image UUID")
         check_id(volume, "volume UUID")
         if volume in self.state.lvs:
@@ -323,7 +327,10 @@ class BlockDomain:
                 self._pending[volume] = layout.choose_slot(used, version)
         try:
             token.check()
-            self.lvm.create_volume(self._name, volume, ceil_div(max(size, 1), MiB), [layout.TAG_INITIALIZING])
+            tags = [layout.TAG_INITIALIZING]
+            if note is not None:
+                tags.append(f"{layout.TAG_NOTE}{layout.check_note(note)}")
+            self.lvm.create_volume(self._name, volume, ceil_div(max(size, 1), MiB), tags)
         except BaseException:
             self._pending.pop(volume, None)
             raise
@@ -444,16 +451,27 @@ class BlockDomain:
             self.changed()
 
     def notes(self) -> dict[str, str]:
-        found = {name: layout.note_of(lv.tags) for name, lv in self.state.lvs.items() if is_id(name)}
+        live = [name for name, entry in self.entries().items() if not entry.removed and not entry.initializing]
+        found = {name: layout.note_of(self.state.lv(name).tags) for name in live}
         return {name: note for name, note in found.items() if note is not None}
 
     def set_note(self, token: SpmToken, volume: str, note: str | None) -> None:
-        tags = self.state.lv(check_id(volume, "volume UUID")).tags
-        old = [tag for tag in tags if tag.startswith(layout.TAG_NOTE)]
-        new = [] if note is None else [f"{layout.TAG_NOTE}{layout.check_note(note)}"]
-        if old != new:
+        self.set_notes(token, [volume], note)
+
+    def set_notes(self, token: SpmToken, volumes: Sequence[str], note: str | None) -> None:
+        new = set() if note is None else {f"{layout.TAG_NOTE}{layout.check_note(note)}"}
+        old = set()
+        changing = []
+        for volume in volumes:
+            tags = {
+                tag for tag in self.state.lv(check_id(volume, "volume UUID")).tags if tag.startswith(layout.TAG_NOTE)
+            }
+            if tags != new:
+                old |= tags
+                changing.append(volume)
+        if changing:
             token.check()
-            self.retag([volume], add=new, remove=[tag for tag in old if tag not in new])
+            self.retag(changing, add=sorted(new), remove=sorted(old - new))
 
     def lease(self, volume: str) -> Lease | None:
         view = self.metadata

@@ -15,11 +15,13 @@ from .block_group import repair_mapping
 from .domain import Domain, Leftover
 from .image_group import Finding, ImageGroup, findings, repair
 from .merge import recover_merges
+from .transfer import recover_copies
+from .volume import recover_removals
 
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["DomainReport", "check_domain", "mend"]
+__all__ = ["DomainReport", "check_domain", "mend", "recover"]
 
 
 class DomainReport(NamedTuple):
@@ -41,8 +43,8 @@ class DomainReport(NamedTuple):
 def check_domain(domain: Domain) -> DomainReport:
     """Compare all that a domain says about its volumes.
 
-    *unfinished* of the answer are merges that were cut, by the volume merged
-    into; *unmapped* are devices of a volume group that its keys do not name.
+    *unfinished* of the answer are merges, copies and removals that were cut,
+    by the volume that has the note; *unmapped* are devices of a volume group that its keys do not name.
     """
     domain.refresh()
     entries = [entry for entry in domain.entries().values() if not entry.removed and not entry.initializing]
@@ -59,12 +61,22 @@ def check_domain(domain: Domain) -> DomainReport:
     )
 
 
+def recover(token: SpmToken, domain: Domain) -> list[str]:
+    """End what was cut and noted, or take it back; returns the volumes that it was noted of."""
+    domain.refresh()
+    noted = sorted(domain.notes())
+    recover_merges(token, domain)
+    recover_copies(token, domain)
+    recover_removals(token, domain)
+    return noted
+
+
 def mend(token: SpmToken, domain: Domain) -> DomainReport:
-    """End merges that were cut, sweep leftovers, mend what has a rule; returns what is left.
+    """End operations that were cut, sweep leftovers, mend what has a rule; returns what is left.
 
     Parents are mended before the tags and roles that follow from them.
     """
-    recover_merges(token, domain)
+    recover(token, domain)
     domain.sweep(token, domain.leftovers())
     if isinstance(domain, BlockDomain):
         repair_mapping(token, domain)

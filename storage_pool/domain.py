@@ -92,8 +92,8 @@ class Domain(Protocol):
     ) -> None:
         """Replace a volume's record."""
 
-    def allocate(self, token: SpmToken, image: str, volume: str, size: int) -> None:
-        """Make room of *size* bytes for a new volume that readers do not see yet."""
+    def allocate(self, token: SpmToken, image: str, volume: str, size: int, note: str | None = None) -> None:
+        """Make room of *size* bytes for a new volume that readers do not see yet, with *note* from the start."""
 
     def publish(self, token: SpmToken, volume: str, record: VolumeMetadata) -> None:
         """Make an allocated volume visible with its record and lease."""
@@ -132,10 +132,13 @@ class Domain(Protocol):
         """Remove what was marked removed of an image."""
 
     def notes(self) -> dict[str, str]:
-        """Return what is being done to volumes, as it was noted before it began."""
+        """Return what is being done to live volumes, as it was noted before it began."""
 
     def set_note(self, token: SpmToken, volume: str, note: str | None) -> None:
         """Note what is about to be done to a volume, or that it is done.  Other hosts ignore it."""
+
+    def set_notes(self, token: SpmToken, volumes: Sequence[str], note: str | None) -> None:
+        """Note the same of several volumes, one after the other in no given order."""
 
     def make_lease(self, token: SpmToken, volume: str) -> None:
         """Write a volume's lease anew, free.  Nobody may hold it."""

@@ -26,6 +26,7 @@ from qcowlib.qcow2.create import create
 from qcowlib.units import round_up
 
 from . import metadata_volume as mv
+from .copying import copy_disk
 from .domain import Domain
 from .errors import AlreadyExists, Illegal, NotFound, UnsupportedVersion
 from .ids import BLANK, make_id
@@ -34,7 +35,7 @@ from .metadata_domain import BACKUP
 from .metadata_volume import COW, FAKE, RAW, SHARED, SPARSE
 from .sizes import PAGE, optimal_cow_size
 from .stream import PIECE, Progress, Readable, Received, Writable, read_piece, receive, send
-from .transfer import collapse, copy_data, copy_image
+from .transfer import collapse, copy_image, recover_copies
 from .volume import (
     VolumeSpec,
     children_of,
@@ -120,6 +121,8 @@ def recover_moves(token: SpmToken, source: Domain, find: Callable[[str], Domain]
     Returns by image ``moved`` or ``taken back``.
     """
     source.refresh()
+    # What is out of sight is moved, only its space is not given back yet.
+    source.sweep(token, [left for left in source.leftovers() if left.kind.startswith("removed")])
     ended = {}
     for leaf, note in sorted(source.notes().items()):
         if not note.startswith(_NOTE):
@@ -128,9 +131,8 @@ def recover_moves(token: SpmToken, source: Domain, find: Callable[[str], Domain]
         image = entries[leaf].images[0]
         left = sorted(v for v, e in entries.items() if e.images[:1] == (image,) and not (e.removed or e.initializing))
         target = find(note.removeprefix(_NOTE))
-        if entries[leaf].removed or _arrived(token, target, image, left):
-            if left:
-                remove_volumes(token, source, image, left, force=True)
+        if _arrived(token, target, leaf):
+            remove_volumes(token, source, image, left, force=True)
             source.purge(token, image)
             ended[image] = "moved"
         else:
@@ -139,18 +141,15 @@ def recover_moves(token: SpmToken, source: Domain, find: Callable[[str], Domain]
     return ended
 
 
-def _arrived(token: SpmToken, target: Domain, image: str, volumes: list[str]) -> bool:
-    """Whether the target has all *volumes*, complete; what it has is removed where not."""
+def _arrived(token: SpmToken, target: Domain, leaf: str) -> bool:
+    """Whether the copy in the target is complete; what there is of it is removed where not.
+
+    Only the target tells: the source may have lost volumes already.
+    """
+    recover_copies(token, target)
     target.sweep(token, [left for left in target.leftovers() if left.kind == "unfinished volume"])
-    try:
-        group = ImageGroup.load(target, image)
-    except NotFound:
-        return False
-    own = group.own()
-    if own == volumes and all(volume in group.records and group.records[volume].legality == mv.LEGAL for volume in own):
-        return True
-    remove_volumes(token, target, image, own, force=True)
-    return False
+    entry = target.entries().get(leaf)
+    return entry is not None and not entry.removed and target.record(leaf).legality == mv.LEGAL
 
 
 # Export domains
@@ -212,7 +211,7 @@ def _fill(token: SpmToken, source: Domain, volume: str, export: Domain, progress
                 open_image(source, volume) as before,
                 _open_fake(export, volume) as after,
             ):
-                copy_data(before, after, target_is_zero=True, progress=_told(token, progress))
+                copy_disk(token, before, after, target_is_zero=True, progress=progress)
     except Exception:
         export.write_record(token, volume, export.record(volume)._replace(legality=FAKE))
         raise

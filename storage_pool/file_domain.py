@@ -43,6 +43,7 @@ __all__ = ["FileDomain", "discover"]
 _METADATA: Final = "dom_md/metadata"
 _META: Final = layout.META_SUFFIX
 _LEASE: Final = layout.LEASE_SUFFIX
+_NOTE: Final = layout.NOTE_SUFFIX
 _REMOVED: Final = layout.REMOVED_PREFIX
 _MODE: Final = 0o660
 _READ_ONLY_MODE: Final = 0o440
@@ -79,7 +80,7 @@ class FileDomain:
         self._store = SealedStore(self._read_metadata, self._write_metadata)
         self._listing: dict[str, list[str]] | None = None
         self._data_only: dict[str, str] = {}
-        self._with_note: set[str] = set()
+        self._with_note: dict[str, str] = {}
         self._view: DomainMetadata | None = None
 
     # Life
@@ -296,7 +297,7 @@ class FileDomain:
         if self._listing is None:
             images: dict[str, list[str]] = {}
             self._data_only = {}
-            self._with_note = set()
+            self._with_note = {}
             crowd = {}
             for image in self.image_names():
                 try:
@@ -312,8 +313,8 @@ class FileDomain:
                 for name in names:
                     if is_id(name) and name not in metas:
                         self._data_only[name] = image
-                    elif name.endswith(layout.NOTE_SUFFIX):
-                        self._with_note.add(name.removesuffix(layout.NOTE_SUFFIX))
+                    elif name.endswith(_NOTE) and is_id(image):
+                        self._with_note[name.removesuffix(_NOTE)] = image
             for users in images.values():
                 users.sort(key=lambda image: (not is_id(image), crowd[image] != 1, image))
             self._listing = images
@@ -370,7 +371,7 @@ class FileDomain:
 
     # Volumes
 
-    def allocate(self, token: SpmToken, image: str, volume: str, size: int) -> None:
+    def allocate(self, token: SpmToken, image: str, volume: str, size: int, note: str | None = None) -> None:
         check_id(image, "image UUID")
         check_id(volume, "volume UUID")
         if self.metadata.domain_class == ISO:
@@ -379,6 +380,9 @@ class FileDomain:
             raise AlreadyExists(f"the volume {volume} exists", path=self.name)
         token.check()
         self._root.make_directory(f"images/{image}", exist_ok=True)
+        if note is not None:
+            self._root.replace(f"images/{image}/{volume}{_NOTE}", layout.check_note(note).encode())
+            self._with_note[volume] = image
         self._root.create(f"images/{image}/{volume}", size=size, mode=_MODE)
         self._data_only[volume] = image
 
@@ -414,8 +418,8 @@ class FileDomain:
         token.check()
         path = f"images/{image}/{check_id(volume, 'volume UUID')}"
         if self._root.exists(f"images/{image}"):
-            self._root.unlink(path + _LEASE, missing_ok=True)
-            self._root.unlink(path, missing_ok=True)
+            for suffix in (_LEASE, "", _NOTE):
+                self._root.unlink(path + suffix, missing_ok=True)
             if not self._root.names(f"images/{image}"):
                 self._root.remove_tree(f"images/{image}")
         self._data_only.pop(volume, None)
@@ -462,20 +466,26 @@ class FileDomain:
 
     def notes(self) -> dict[str, str]:
         found = {}
-        for volume in set(self.listing()) & self._with_note:
-            data = self._root.read(self._where(volume) + layout.NOTE_SUFFIX, limit=256)
-            found[volume] = data.decode("ascii", "replace")
+        for volume, users in self.listing().items():
+            image = self._with_note.get(volume)
+            if image is not None and image in users:
+                data = self._root.read(f"images/{image}/{volume}{_NOTE}", limit=256)
+                found[volume] = data.decode("ascii", "replace")
         return found
 
     def set_note(self, token: SpmToken, volume: str, note: str | None) -> None:
-        path = self._where(volume) + layout.NOTE_SUFFIX
+        path = self._where(volume)
         token.check()
         if note is None:
-            self._root.unlink(path, missing_ok=True)
-            self._with_note.discard(volume)
+            self._root.unlink(path + _NOTE, missing_ok=True)
+            self._with_note.pop(volume, None)
         else:
-            self._root.replace(path, layout.check_note(note).encode())
-            self._with_note.add(volume)
+            self._root.replace(path + _NOTE, layout.check_note(note).encode())
+            self._with_note[volume] = path.split("/")[1]
+
+    def set_notes(self, token: SpmToken, volumes: Sequence[str], note: str | None) -> None:
+        for volume in volumes:
+            self.set_note(token, volume, note)
 
     def lease(self, volume: str) -> Lease | None:
         view = self.metadata
@@ -508,7 +518,7 @@ class FileDomain:
         else:
             self._root.make_directory(target, exist_ok=True)
             for volume in volumes:
-                for suffix in (_META, "", _LEASE):
+                for suffix in (_META, "", _LEASE, _NOTE):
                     if self._root.exists(f"{source}/{volume}{suffix}"):
                         self._root.rename(f"{source}/{volume}{suffix}", f"{target}/{volume}{suffix}")
         self._listing = None
@@ -534,8 +544,8 @@ class FileDomain:
                     found.append(Leftover("new file", path, "a change of a volume that did not end"))
                 elif is_id(name) and name + _META not in names:
                     found.append(Leftover("unfinished volume", path, "a creation or removal that did not end"))
-                elif name.endswith(_LEASE) and volume not in names and volume + _META not in names:
-                    found.append(Leftover("unfinished volume", path, "a lease without its volume"))
+                elif name.endswith((_LEASE, _NOTE)) and volume + _META not in names:
+                    found.append(Leftover("unfinished volume", path, "what a volume that is not there would have"))
                 elif name.endswith(_META) and volume not in names:
                     found.append(Leftover("broken volume", path, "a record without its volume; kept"))
         return found

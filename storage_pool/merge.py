@@ -25,12 +25,12 @@ from qcowlib.qcow2.check import check
 from qcowlib.qcow2.header_update import set_backing
 
 from . import metadata_volume as mv
+from .copying import copy_layers
 from .domain import Domain
 from .errors import Illegal, NotFound
 from .image_group import ImageGroup
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
 from .sizes import max_size, optimal_cow_size
-from .transfer import copy_data
 from .volume import IMAGE_FORMATS, children_of, open_image, remove_volumes, set_role, zero_from
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def recover_merges(token: SpmToken, domain: Domain) -> list[str]:
 
 def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str) -> None:
     entry = domain.entries().get(top)
-    if entry is not None and not entry.removed:
+    live = entry is not None and not entry.removed and not entry.initializing
+    if live:
         top_record = domain.record(top)
         if top_record.legality == mv.LEGAL:
             _prepare(token, domain, base, top, top_record)
@@ -109,7 +110,7 @@ def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str) ->
         done = record._replace(legality=mv.LEGAL, generation=mv.next_generation(record.generation))
         set_role(token, domain, base, done, role)
     _reduce(token, domain, base)
-    if entry is not None and not entry.removed:
+    if live:
         remove_volumes(token, domain, image, [top], force=True)
     domain.purge(token, image)
     domain.set_note(token, base, None)
@@ -144,7 +145,7 @@ def _commit(token: SpmToken, domain: Domain, base: str, top: str) -> None:
         if target.format != "raw" and target.size < source.size:
             token.check()
             target.resize(source.size)
-        copy_data(source, target, target_is_zero=False, whole=False, progress=lambda done, total: token.check())
+        copy_layers(token, source, target, 1)
 
 
 def _relink(token: SpmToken, domain: Domain, base: str, top: str) -> None:

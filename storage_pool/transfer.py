@@ -3,73 +3,32 @@
 """Copying disks: one volume, a whole chain, or a chain collapsed into one volume.
 
 Source and target may be of any two kinds.  Invariant: a target is ILLEGAL
-while its data are written; when its last byte is durable one write makes it
-LEGAL, one generation on.  What an error leaves is removed where this call
-made it.
+from its first moment; when its last byte is durable one write makes it LEGAL,
+one generation on.  It carries the note ``copy:<leaf>`` meanwhile: a copy is
+there when that leaf is LEGAL, else :func:`recover_copies` removes what there
+is of it.  What an error leaves is removed at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-import qcowlib
+from typing import TYPE_CHECKING, Final
 
 from . import metadata_volume as mv
+from .copying import Progress, copy_disk, copy_layers, no_progress
 from .domain import Domain
 from .errors import Illegal
 from .ids import BLANK, make_id
 from .image_group import ImageGroup
 from .metadata_volume import COW, RAW, SHARED, SPARSE
 from .sizes import copy_size
-from .volume import VolumeSpec, create_volume, open_image, operation, remove_volumes, update_volume
+from .volume import VolumeSpec, create_volume, open_image, operation
 
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["collapse", "copy_data", "copy_image", "make_template"]
+__all__ = ["collapse", "copy_image", "make_template", "recover_copies"]
 
-_PIECE = 4 << 20
-Progress = Callable[[int, int], None]
-
-
-def _no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
-
-
-def copy_data(
-    source: qcowlib.Image,
-    target: qcowlib.Image,
-    *,
-    target_is_zero: bool,
-    whole: bool = True,
-    progress: Progress = _no_progress,
-) -> None:
-    """Make *target* read as *source*; zeros are not written to a target that *target_is_zero*.
-
-    With *whole* false only what *source* has allocated is written, as for one
-    layer of a chain.
-    """
-    buffer = bytearray(_PIECE)
-    view = memoryview(buffer)
-    total = source.size
-    for extent in source.extents():
-        start, end = extent.start, extent.start + extent.length
-        if extent.kind in ("zero", "hole"):
-            if not target_is_zero and (extent.present or whole):
-                target.zero(extent.length, start)
-            start = end
-        while start < end:
-            piece = view[: min(_PIECE, end - start)]
-            source.preadinto(piece, start)
-            target.pwrite(piece, start)
-            start += len(piece)
-            progress(start, total)
-        progress(end, total)
-    if whole and not target_is_zero and target.size > total:
-        # A logical volume ends at an extent; what lies there is of others.
-        target.zero(target.size - total, total)
-    target.flush()
+_NOTE: Final = "copy:"
 
 
 def _copy_spec(
@@ -106,7 +65,7 @@ def copy_image(
     *,
     ctime: int,
     target_image: str | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> str:
     """Copy a disk, volume by volume from its base on; returns the image made.
 
@@ -137,31 +96,31 @@ def copy_image(
             if parent != BLANK:
                 # A RAW base grew to whole extents, and a disk only grows upwards.
                 spec = spec._replace(capacity=max(spec.capacity, target.record(parent).capacity))
-            create_volume(token, target, spec, ctime)
+            create_volume(token, target, spec, ctime, note=f"{_NOTE}{names[chain[0]]}")
             made.append(spec.volume)
-            with operation(token, target, spec.volume):
-                _copy_layer(source, volume, target, spec.volume, progress)
-            if record.voltype == SHARED:
-                update_volume(token, target, spec.volume, role=SHARED)
+            role = SHARED if record.voltype == SHARED else None
+            with operation(token, target, spec.volume, role=role):
+                _copy_layer(token, source, volume, target, spec.volume, progress)
             parent = spec.volume
+        target.set_notes(token, made, None)
     except BaseException:
         if made:
-            remove_volumes(token, target, new_image, made, force=True)
+            _drop(token, target, new_image, made)
         raise
     return new_image
 
 
-def _copy_layer(source: Domain, volume: str, target: Domain, name: str, progress: Progress) -> None:
+def _copy_layer(token: SpmToken, source: Domain, volume: str, target: Domain, name: str, progress: Progress) -> None:
     """Copy what one volume has of its own."""
     with (
         open_image(source, volume, backing=False) as before,
         open_image(target, name, writable=True, allow_illegal=True) as after,
     ):
-        record = target.record(name)
-        # A base that is RAW is the whole disk; of others only their own clusters count.
-        whole = record.format == RAW
-        fresh = whole and not target.block
-        copy_data(before, after, target_is_zero=fresh, whole=whole, progress=progress)
+        if after.format == "raw":
+            # The whole disk; of others only their own clusters count.
+            copy_disk(token, before, after, target_is_zero=not target.block, progress=progress)
+        else:
+            copy_layers(token, before, after, 1, progress=progress)
 
 
 def collapse(
@@ -176,7 +135,8 @@ def collapse(
     leaf: str | None = None,
     target_image: str | None = None,
     description: str | None = None,
-    progress: Progress = _no_progress,
+    role: str | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[str, str]:
     """Copy what a disk reads as into one new volume; returns its image and UUID.
 
@@ -203,17 +163,18 @@ def collapse(
         initial_size=initial,
         legality=mv.ILLEGAL,
     )
-    create_volume(token, target, spec, ctime)
+    create_volume(token, target, spec, ctime, note=f"{_NOTE}{volume}")
     try:
         with (
-            operation(token, target, volume),
+            operation(token, target, volume, role=role),
             open_image(source, chain[0]) as before,
             open_image(target, volume, writable=True, allow_illegal=True) as after,
         ):
             # New files and images read as zeros; a RAW logical volume holds old data.
-            copy_data(before, after, target_is_zero=not (target.block and fmt == RAW), progress=progress)
+            copy_disk(token, before, after, target_is_zero=not (target.block and fmt == RAW), progress=progress)
+        target.set_note(token, volume, None)
     except BaseException:
-        remove_volumes(token, target, new_image, [volume], force=True)
+        _drop(token, target, new_image, [volume])
         raise
     return new_image, volume
 
@@ -227,15 +188,38 @@ def make_template(
     ctime: int,
     description: str | None = None,
     leaf: str | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> tuple[str, str]:
     """Make a template of what a disk reads as; returns its image and UUID.
 
     Thin disks are then volumes whose parent it is
     (:func:`.volume.create_volume`), clones are :func:`collapse` of it.
     """
-    made, volume = collapse(
-        token, source, image, target, ctime=ctime, description=description, leaf=leaf, progress=progress
+    return collapse(
+        token, source, image, target, ctime=ctime, description=description, role=SHARED, leaf=leaf, progress=progress
     )
-    update_volume(token, target, volume, role=SHARED)
-    return made, volume
+
+
+def recover_copies(token: SpmToken, domain: Domain) -> list[str]:
+    """Remove copies into *domain* that were cut; returns the volumes that were removed."""
+    copies: dict[tuple[str, str], list[str]] = {}
+    for volume, note in sorted(domain.notes().items()):
+        if note.startswith(_NOTE):
+            image = domain.entries()[volume].images[0]
+            copies.setdefault((image, note.removeprefix(_NOTE)), []).append(volume)
+    removed = []
+    for (image, leaf), volumes in copies.items():
+        entry = domain.entries().get(leaf)
+        there = entry is not None and not entry.removed and not entry.initializing
+        if there and domain.record(leaf).legality == mv.LEGAL:
+            domain.set_notes(token, volumes, None)
+        else:
+            _drop(token, domain, image, volumes)
+            removed += volumes
+    return removed
+
+
+def _drop(token: SpmToken, domain: Domain, image: str, volumes: list[str]) -> None:
+    """Remove what was copied; each volume has its note to its end, so this may be cut as well."""
+    domain.mark_removed(token, image, volumes)
+    domain.purge(token, image)

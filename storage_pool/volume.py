@@ -42,6 +42,7 @@ __all__ = [
     "open_image",
     "operation",
     "recheck_role",
+    "recover_removals",
     "remove_volumes",
     "sync_capacity",
     "update_volume",
@@ -50,6 +51,8 @@ __all__ = [
 #: The format of an image file by the format of its volume.
 IMAGE_FORMATS: Final = {COW: "qcow2", RAW: "raw"}
 _FIRST_BYTES: Final = 512
+#: The note of volumes that are about to be removed together.
+REMOVE_NOTE: Final = "remove"
 
 
 class VolumeSpec(NamedTuple):
@@ -146,10 +149,12 @@ def _parent_record(domain: Domain, spec: VolumeSpec) -> VolumeMetadata | None:
     return parent
 
 
-def create_volume(token: SpmToken, domain: Domain, spec: VolumeSpec, ctime: int) -> VolumeMetadata:
+def create_volume(
+    token: SpmToken, domain: Domain, spec: VolumeSpec, ctime: int, *, note: str | None = None
+) -> VolumeMetadata:
     """Make a volume and return its record; *ctime* is now, in seconds since 1970.
 
-    Nothing is left of it when an error ends it.
+    It carries *note* from the start.  Nothing is left of it when an error ends it.
 
     Raises: IllegalSpec, Illegal, NotFound, AlreadyExists, MetadataError,
     NoSpace, LvmError, StorageError.
@@ -184,7 +189,7 @@ def create_volume(token: SpmToken, domain: Domain, spec: VolumeSpec, ctime: int)
     )
     # What cannot be recorded is refused before anything is made.
     record.to_bytes(domain.metadata.version)
-    domain.allocate(token, spec.image, spec.volume, size)
+    domain.allocate(token, spec.image, spec.volume, size, note)
     try:
         _format(domain, record, spec.volume, parent)
         if parent is not None:
@@ -372,25 +377,37 @@ def update_volume(
 
 @contextmanager
 def operation(
-    token: SpmToken, domain: Domain, volume: str, *, generation: int | None = None, illegal: bool = True
+    token: SpmToken,
+    domain: Domain,
+    volume: str,
+    *,
+    generation: int | None = None,
+    illegal: bool = True,
+    role: str | None = None,
 ) -> Iterator[VolumeMetadata]:
     """Change a volume's data inside: ILLEGAL meanwhile, LEGAL and one generation on after.
 
     When the body fails the volume stays ILLEGAL with its old generation.
-    With *illegal* false only the generation changes.
+    With *illegal* false only the generation changes.  *role* is the volume's
+    role from then on.
 
     Raises: Illegal for another generation than expected, before any change.
     """
     record = domain.record(volume)
     if generation is not None and record.generation != generation:
         raise Illegal(f"the volume {volume} is at generation {record.generation}, not {generation}", path=domain.name)
-    if illegal:
+    if illegal and record.legality != mv.ILLEGAL:
         domain.write_record(token, volume, record._replace(legality=mv.ILLEGAL))
     yield record
-    # One write says both, so nobody sees the one without the other.
     after = domain.record(volume)
-    legality = mv.LEGAL if illegal else after.legality
-    after = after._replace(legality=legality, generation=mv.next_generation(record.generation))
+    if role == SHARED and domain.metadata.version < 3:
+        domain.set_writable(token, [volume], False)
+    # One write says all, so nobody sees the one without the other.
+    after = after._replace(
+        legality=mv.LEGAL if illegal else after.legality,
+        generation=mv.next_generation(record.generation),
+        voltype=role or after.voltype,
+    )
     domain.write_record(token, volume, after)
 
 
@@ -445,32 +462,70 @@ def remove_volumes(
 ) -> None:
     """Remove volumes of an image; *zero* overwrites their data before they go.
 
-    First they become ILLEGAL, then they disappear in one step, then their
-    space is given back; a cut after the second step is swept as a leftover.
+    One volume disappears in one step, then its space is given back; a cut
+    leaves a leftover to sweep.  Several are noted first and become ILLEGAL,
+    then they disappear one after the other; :func:`recover_removals` ends it.
 
     Raises: Illegal for a template in use and for a volume whose child stays
     (unless *force*).
     """
     going = set(volumes)
-    parents = set()
+    records = {}
     for volume in volumes:
         record = _removable(domain, volume, going, force)
-        if record is None:
-            continue
-        if record.legality == mv.LEGAL:
-            domain.write_record(token, volume, record._replace(legality=mv.ILLEGAL))
-        parents.add(record.parent)
+        if record is not None:
+            records[volume] = record
+    if len(volumes) > 1:
+        _note_removal(token, domain, volumes, records, zero=zero)
     domain.mark_removed(token, image, volumes, zero=zero)
     if zero:
         for volume in volumes:
             zero_from(token, domain, volume, 0, allocate=True)
     domain.purge(token, image)
-    for parent in parents - going - {BLANK}:
+    for parent in sorted({record.parent for record in records.values()} - going - {BLANK}):
         try:
             recheck_role(token, domain, parent)
         except (NotFound, MetadataError):
             # The parent is gone or damaged; check tells of it.
             continue
+
+
+def _note_removal(
+    token: SpmToken, domain: Domain, volumes: list[str], records: dict[str, VolumeMetadata], *, zero: bool
+) -> None:
+    """Note it of all, those that are ILLEGAL already last; then make the others ILLEGAL.
+
+    So one that is noted and was made ILLEGAL proves that all are noted.  A
+    note that is there already is of an operation that ends with this removal.
+    """
+    others = {volume for volume, note in domain.notes().items() if not note.startswith(REMOVE_NOTE)}
+    note = REMOVE_NOTE + (":zero" if zero else "")
+    legal = [volume for volume, record in records.items() if record.legality == mv.LEGAL]
+    for part in (legal, [volume for volume in volumes if volume not in legal]):
+        domain.set_notes(token, [volume for volume in part if volume not in others], note)
+    for volume in legal:
+        domain.write_record(token, volume, records[volume]._replace(legality=mv.ILLEGAL))
+
+
+def recover_removals(token: SpmToken, domain: Domain) -> list[str]:
+    """End removals of several volumes that were cut, or take back what was only noted.
+
+    Returns the volumes that were removed.
+    """
+    noted: dict[str, list[str]] = {}
+    notes = domain.notes()
+    for volume, note in sorted(notes.items()):
+        if note.startswith(REMOVE_NOTE):
+            noted.setdefault(domain.entries()[volume].images[0], []).append(volume)
+    removed = []
+    for image, volumes in noted.items():
+        if any(domain.record(volume).legality == mv.ILLEGAL for volume in volumes):
+            zero = notes[volumes[0]].endswith(":zero")
+            remove_volumes(token, domain, image, volumes, zero=zero, force=True)
+            removed += volumes
+        else:
+            domain.set_notes(token, volumes, None)
+    return removed
 
 
 def _removable(domain: Domain, volume: str, going: set[str], force: bool) -> VolumeMetadata | None:

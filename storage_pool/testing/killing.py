@@ -1,15 +1,43 @@
 # SPDX-FileCopyrightText: 2026 The qcowlib authors
 # SPDX-License-Identifier: Apache-2.0
-"""A domain whose user dies at the n-th change."""
+"""Users of a domain that die at the n-th change: by an exception, or the process by SIGKILL.
+
+:class:`KillingDomain` counts the changes of a domain.  :func:`killed_child`
+runs a call in a child process and kills it before its n-th step, where a step
+is any system call that changes names or makes data durable, any write to a
+storage, and any program that is started.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+from qcowlib.storage.file import FileStorage
 from storage_pool.domain import Domain
 
-__all__ = ["Killed", "KillingDomain"]
+__all__ = ["Killed", "KillingDomain", "killed_child"]
+
+#: Events of Python's audit that change something outside the process.
+_STEPS = frozenset(
+    {
+        "os.chmod",
+        "os.chown",
+        "os.link",
+        "os.mkdir",
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.truncate",
+        "subprocess.Popen",
+    }
+)
+_WRITES = ("write", "zero", "discard", "resize", "flush")
+_FAILED = 99
 
 _CHANGES = frozenset(
     {
@@ -22,6 +50,7 @@ _CHANGES = frozenset(
         "purge",
         "reduce",
         "set_note",
+        "set_notes",
         "set_parent_hint",
         "set_writable",
         "share",
@@ -65,3 +94,56 @@ class KillingDomain:
             return self._counted(call)(volume, writable=True) if writable else call(volume)
 
         return open_volume
+
+
+def killed_child(step: int, call: Callable[[], object]) -> bool:
+    """Run *call* in a child process that is killed (SIGKILL) before its step number *step*, from 0.
+
+    Returns whether it was killed; ``False`` when it ended before.
+
+    Raises: AssertionError when *call* raised; its traceback is on standard error.
+    """
+    child = os.fork()
+    if child == 0:
+        status = _FAILED
+        try:
+            _die_at(step)
+            call()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return True
+    if status:
+        raise AssertionError(f"the child ended with {status}")
+    return False
+
+
+def _die_at(step: int) -> None:
+    """Let this process die before its step number *step*; there is no way back."""
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        if done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        if event in _STEPS:
+            count()
+
+    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            count()
+            return method(*arguments, **options)
+
+        return call
+
+    sys.addaudithook(audit)
+    for name in _WRITES:
+        setattr(FileStorage, name, counted(getattr(FileStorage, name)))
+    os.fsync = counted(os.fsync)

@@ -70,11 +70,11 @@ def test_op09_a_chain_is_collapsed_into_one_volume(pair, token, kinds, fmt):
     kind = "PREALLOCATED" if fmt == "RAW" else "SPARSE"
     seen = []
     new_image, volume = tr.collapse(
-        token, source, image, target, ctime=CTIME, fmt=fmt, kind=kind, progress=lambda done, total: seen.append(done)
+        token, source, image, target, ctime=CTIME, fmt=fmt, kind=kind, progress=lambda *told: seen.append(told)
     )
     assert content(target, volume)[:2] == content(source, leaf)[:2]
     assert ig.ImageGroup.load(target, new_image).chain() == [volume]
-    assert seen == sorted(seen) and seen[-1] == SIZE
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] > 100000
 
 
 def test_a_raw_logical_volume_made_by_copy_shows_no_old_data(file_domain, block_domain, token):

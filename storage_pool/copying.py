@@ -1,0 +1,112 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Data from one open image into another: whole disks, or the layers above a given one.
+
+The engine's copying does the work: what a map knows to be zero is not read,
+reads run side by side with writes.  Invariant: written again it gives the
+same, so a copy that was cut is done once more from its start; the target is
+durable on return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import qcowlib
+from qcowlib.driver import COMPRESSED, DATA, HOLE
+from qcowlib.jobs.copy import Copier
+from qcowlib.jobs.pipeline import Control, run
+from qcowlib.jobs.plan import BACKING, COPY, ZEROS, Plan, Run, Source
+from qcowlib.jobs.targets import ImageTarget, RawTarget
+from qcowlib.qcow2.image import Qcow2Image
+
+if TYPE_CHECKING:
+    from .token import SpmToken
+
+__all__ = ["Progress", "copy_disk", "copy_layers", "no_progress"]
+
+Progress = Callable[[int, int], object]
+
+#: Zeros of this many bytes in data are not written where the target reads as zeros.
+_ZERO_UNIT = 4096
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+class _LayersPlan(Plan):
+    """What the first *depth* layers hold; holes among them that hide what is below, which ends at *end*, are zeros."""
+
+    def __init__(self, image: qcowlib.Image, depth: int, end: int) -> None:
+        super().__init__([Source(image, 0)], unit=0, cluster=0, keep_zeros=True)
+        self._depth = depth
+        self._end = end
+
+    def _runs(self) -> Iterator[list[Run]]:
+        source = self.sources[0]
+        image, offset = source.image, 0
+        while offset < image.size:
+            found = []
+            for kind, guest, length, host, layer in image.map(offset, image.size - offset):
+                if layer >= self._depth or (kind == HOLE and guest >= self._end):
+                    status = BACKING
+                else:
+                    status = COPY if kind in (DATA, COMPRESSED) else ZEROS
+                found.append(Run(status, guest, length, source, kind, guest, host, layer))
+                offset = guest + length
+            yield found
+
+
+def _carry_out(token: SpmToken, plan: Plan, target: qcowlib.Image, *, unit: int, progress: Progress) -> None:
+    def stop() -> bool:
+        # Asked before each unit; the token says it by an error.
+        token.check()
+        return False
+
+    top = target.layers[0]
+    sink = ImageTarget(target) if isinstance(top, Qcow2Image) else RawTarget(top.data)
+    copier = Copier(sink, unit=unit, keep_zeros=plan.keep_zeros)
+    control = Control(progress=progress, cancel=stop)
+    control.begin(plan.amount())
+    run(plan.units(), copier.work, control, buffer_size=plan.buffer, amount=control.total, ordered=sink.ordered)
+    sink.finish()
+    control.end()
+
+
+def copy_disk(
+    token: SpmToken,
+    source: qcowlib.Image,
+    target: qcowlib.Image,
+    *,
+    target_is_zero: bool,
+    progress: Progress = no_progress,
+) -> None:
+    """Make *target*, which is not smaller, read as *source* and as zeros behind its end.
+
+    Zeros are not written to a target that *target_is_zero*.
+    """
+    plan = Plan([Source(source, 0)], unit=_ZERO_UNIT, cluster=0, keep_zeros=not target_is_zero)
+    _carry_out(token, plan, target, unit=_ZERO_UNIT, progress=progress)
+    if not target_is_zero and target.size > source.size:
+        # A logical volume ends at an extent; what lies there is of others.
+        target.zero(target.size - source.size, source.size)
+        target.flush()
+
+
+def copy_layers(
+    token: SpmToken,
+    source: qcowlib.Image,
+    target: qcowlib.Image,
+    depth: int,
+    *,
+    below: int = 0,
+    progress: Progress = no_progress,
+) -> None:
+    """Write what the first *depth* layers of *source* hold into *target*, and nothing else.
+
+    *below* is the size of what *target* stands on when *source* was opened
+    with all its layers; a layer that was opened alone has nothing to hide.
+    """
+    _carry_out(token, _LayersPlan(source, depth, below), target, unit=0, progress=progress)

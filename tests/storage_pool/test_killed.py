@@ -1,0 +1,233 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Processes killed at every step of what they do to a domain; then recovery, which is killed too.
+
+Invariant: L6.  After recovery the domain is clean and in the old or in the
+new state, and every disk reads what it read before or what it was to read.
+"""
+
+import itertools
+import os
+
+import pytest
+
+from qcowlib.storage.file import FileStorage
+from storage_pool import check
+from storage_pool import image_group as ig
+from storage_pool import merge as mg
+from storage_pool import snapshot as sn
+from storage_pool import transfer as tr
+from storage_pool import upgrade as up
+from storage_pool import volume as vol
+from storage_pool.file_domain import FileDomain
+from storage_pool.ids import make_id
+from storage_pool.testing.killing import killed_child
+
+KIB = 1 << 10
+MIB = 1 << 20
+SIZE = MIB
+CTIME = 1617235200
+#: Every how many steps a child is killed on a volume group, where each costs LVM commands.
+STRIDE = max(1, 7 // int(os.environ.get("QCOWLIB_LONG", "1")))
+
+pytestmark = [pytest.mark.crash, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
+
+
+def make_disk(domain, token, length, **options):
+    """Make a disk of *length* volumes; returns its image and volumes, base first."""
+    image, volume = make_id(), make_id()
+    vol.create_volume(token, domain, vol.VolumeSpec(image, volume, **{"capacity": SIZE, **options}), CTIME)
+    volumes = [volume]
+    for number in range(length):
+        if number:
+            volumes.append(sn.create_snapshot(token, domain, image, ctime=CTIME))
+        with vol.open_image(domain, volumes[-1], writable=True) as opened:
+            opened.pwrite(bytes([number + 1]) * 70000, number * 50000 + 7)
+            opened.zero(64 * KIB, (number + 4) * 64 * KIB)
+            opened.pwrite(b"end %d" % number, SIZE - 512 * (number + 1))
+    return image, volumes
+
+
+def content(domain, volume):
+    with vol.open_image(domain, volume) as opened:
+        return opened.pread(SIZE, 0)
+
+
+def disks(domain):
+    """Return what each leaf of each image reads as, and each template."""
+    domain.refresh()
+    found = {}
+    for image in {entry.images[0] for entry in domain.entries().values()}:
+        group = ig.ImageGroup.load(domain, image)
+        for leaf in group.leaves():
+            found[leaf] = content(domain, leaf)
+    return found
+
+
+def chains(domain):
+    """Return the chain of each leaf."""
+    return sorted(
+        tuple(group.chain(leaf))
+        for image in {entry.images[0] for entry in domain.entries().values()}
+        for group in [ig.ImageGroup.load(domain, image)]
+        for leaf in group.leaves()
+    )
+
+
+def recover(domain, token, step):
+    """Recover; first in processes that are killed at a few steps."""
+    for at in (step % 3, step % 7 + 2):
+        killed_child(at, lambda: check.mend(token, domain))
+        domain.refresh()
+    report = check.mend(token, domain)
+    assert report.clean, (step, report)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_made_durable(monkeypatch):
+    """The system keeps what a killed process wrote, so waiting for disks would prove nothing here."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr(FileStorage, "flush", lambda self: None)
+
+
+@pytest.fixture
+def again(tmp_path, token):
+    """Give copies of a prepared file domain, one for each kill."""
+    numbers = itertools.count()
+
+    def copies(domain):
+        while True:
+            place = tmp_path / f"copy{next(numbers)}"
+            place.mkdir()
+            os.system(f"cp -a --sparse=always '{domain.name}' '{place}'")
+            with FileDomain.open(str(place)) as made:
+                yield made
+            os.system(f"rm -r '{place}'")
+
+    return copies
+
+
+def every_step(copies, act, judge, token):
+    """Kill *act* before each of its steps, recover, and let *judge* look; returns the number of steps."""
+    for step, domain in enumerate(copies):
+        killed = killed_child(step, lambda domain=domain: act(domain))
+        domain.refresh()
+        if not killed:
+            assert check.check_domain(domain).clean
+            judge(domain, step, True)
+            return step
+        recover(domain, token, step)
+        judge(domain, step, False)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("version", [0, 5])
+def test_op21_a_snapshot_killed_at_every_step(file_domain, again, token, version):
+    domain = file_domain(version)
+    image, volumes = make_disk(domain, token, 2)
+    before, leaf = disks(domain)[volumes[1]], make_id()
+
+    def judge(domain, step, ended):
+        expected = [(volumes[1], volumes[0])], [(leaf, volumes[1], volumes[0])]
+        assert chains(domain) == expected[1] or (chains(domain) == expected[0] and not ended), step
+        assert set(disks(domain).values()) == {before}, step
+
+    steps = every_step(
+        again(domain), lambda d: sn.create_snapshot(token, d, image, volume=leaf, ctime=CTIME), judge, token
+    )
+    assert steps > 15
+
+
+@pytest.mark.parametrize("position", [1, 2])
+@pytest.mark.parametrize("version", [0, 5])
+def test_op21_a_merge_killed_at_every_step(file_domain, again, token, version, position):
+    domain = file_domain(version)
+    image, volumes = make_disk(domain, token, 3)
+    before = disks(domain)[volumes[2]]
+    old, new = tuple(volumes[::-1]), tuple(name for name in volumes[::-1] if name != volumes[position])
+
+    def judge(domain, step, ended):
+        assert chains(domain) == [new] or (chains(domain) == [old] and not ended), step
+        assert set(disks(domain).values()) == {before}, step
+
+    assert every_step(again(domain), lambda d: mg.merge(token, d, image, volumes[position]), judge, token) > 40
+
+
+@pytest.mark.parametrize("collapsed", [False, True], ids=["chain", "template"])
+def test_op10_op21_a_copy_killed_at_every_step_is_there_or_not(file_domain, again, token, collapsed):
+    """A target that is not complete is ILLEGAL and noted, and mending removes it."""
+    domain = file_domain()
+    image, volumes = make_disk(domain, token, 2)
+    before = disks(domain)
+    made = make_id()
+
+    def act(domain):
+        if collapsed:
+            tr.collapse(token, domain, image, domain, ctime=CTIME, target_image=made, role="SHARED")
+        else:
+            tr.copy_image(token, domain, image, domain, ctime=CTIME, target_image=made)
+
+    def judge(domain, step, ended):
+        after = disks(domain)
+        assert after.pop(volumes[1]) == before[volumes[1]]
+        assert len(after) == 1 if ended else len(after) < 2, step
+        assert set(after.values()) <= set(before.values()), step
+        for leaf in after:
+            assert len(ig.ImageGroup.load(domain, made).chain()) == (1 if collapsed else 2)
+            assert domain.record(leaf).voltype == ("SHARED" if collapsed else "LEAF")
+
+    assert every_step(again(domain), act, judge, token) > 40
+
+
+@pytest.mark.parametrize("what", ["leaf", "all", "commit"])
+def test_op21_a_removal_killed_at_every_step(file_domain, again, token, what):
+    """One volume, a whole disk, or what a commit of a preview drops."""
+    domain = file_domain()
+    image, volumes = make_disk(domain, token, 3)
+    _, others = make_disk(domain, token, 1)
+    look = sn.preview(token, domain, image, volumes[0], ctime=CTIME) if what == "commit" else None
+    before = disks(domain)
+    old = chains(domain)
+    new = {
+        "leaf": [tuple(volumes[1::-1]), (others[0],)],
+        "all": [(others[0],)],
+        "commit": [(look, volumes[0]), (others[0],)],
+    }[what]
+
+    def act(domain):
+        if what == "commit":
+            sn.commit_preview(token, domain, image, look)
+        else:
+            vol.remove_volumes(token, domain, image, volumes[2:] if what == "leaf" else volumes)
+
+    def judge(domain, step, ended):
+        assert chains(domain) == sorted(new) or (chains(domain) == old and not ended), step
+        for volume, data in disks(domain).items():
+            assert data == before.get(volume, data)
+        assert content(domain, others[0]) == before[others[0]]
+
+    assert every_step(again(domain), act, judge, token) > 8
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 3), (3, 4), (4, 5)])
+def test_op21_an_upgrade_killed_at_every_step(file_domain, again, token, start, end):
+    """Run again it ends; until then the domain is one of the old or of the new version."""
+    domain = file_domain(start)
+    _, volumes = make_disk(domain, token, 2)
+    template = make_disk(domain, token, 1)[1][0]
+    vol.update_volume(token, domain, template, role="SHARED")
+    thin = vol.VolumeSpec(make_id(), make_id(), SIZE, parent=template)
+    vol.create_volume(token, domain, thin, CTIME)
+    before = disks(domain)
+
+    def judge(domain, step, ended):
+        assert domain.metadata.version == end if ended else domain.metadata.version in (start, end)
+        assert disks(domain) == before
+        up.upgrade(token, domain, end, ctime=CTIME)
+        assert domain.metadata.version == end and disks(domain) == before
+        assert check.check_domain(domain).clean
+        for volume in (volumes[1], thin.volume):
+            record = domain.record(volume)
+            assert domain.read_record(volume) == record.to_bytes(end), step
+
+    assert every_step(again(domain), lambda d: up.upgrade(token, d, end, ctime=CTIME), judge, token) > 5

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qcowlib.cli.values import parse_size
 from qcowlib.units import human_size
 from storage_pool import image_group, merge, snapshot, transfer, volume
+from storage_pool.cli.cmd_exchange import add_image_verbs
 from storage_pool.cli.hosting import now, open_domain, take_token
 from storage_pool.cli.output import Output
 from storage_pool.ids import BLANK, make_id
@@ -70,12 +71,15 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     copy.add_argument("image")
     copy.add_argument("--to", metavar="DIRECTORY|UUID", help="the domain to copy to")
     copy.add_argument("--collapse", action="store_true", help="make one volume of its chain")
+    copy.add_argument("-p", "--progress", action="store_true", help="tell the progress on standard error")
     drop = add("remove", _remove_image, "remove a disk")
     drop.add_argument("image")
     drop.add_argument("--zero", action="store_true", help="overwrite its data first")
+    add_image_verbs(add)
     template = verbs_of("template", "templates")("create", _template, "make a template of what a disk reads as")
     template.add_argument("image")
     template.add_argument("--description", default=None)
+    template.add_argument("-p", "--progress", action="store_true", help="tell the progress on standard error")
     add = verbs_of("snapshot", "snapshots of disks that nobody writes")
     take = add("create", _snapshot, "take a snapshot")
     take.add_argument("image")
@@ -178,18 +182,23 @@ def _copy(arguments: argparse.Namespace, output: Output) -> int:
         open_domain(arguments, arguments.domain) as source,
         open_domain(arguments, arguments.to or arguments.domain) as target,
         take_token(arguments) as token,
+        output.progress(arguments.progress) as told,
     ):
         if arguments.collapse:
-            image, made = transfer.collapse(token, source, arguments.image, target, ctime=now())
+            image, made = transfer.collapse(token, source, arguments.image, target, ctime=now(), progress=told)
             return _answer(output, image=image, volume=made)
-        image = transfer.copy_image(token, source, arguments.image, target, ctime=now())
+        image = transfer.copy_image(token, source, arguments.image, target, ctime=now(), progress=told)
     return _answer(output, image=image)
 
 
 def _template(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
+    with (
+        open_domain(arguments, arguments.domain) as domain,
+        take_token(arguments) as token,
+        output.progress(arguments.progress) as told,
+    ):
         image, made = transfer.make_template(
-            token, domain, arguments.image, domain, ctime=now(), description=arguments.description
+            token, domain, arguments.image, domain, ctime=now(), description=arguments.description, progress=told
         )
     return _answer(output, image=image, volume=made)
 

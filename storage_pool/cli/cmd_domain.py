@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The qcowlib authors
 # SPDX-License-Identifier: Apache-2.0
-"""``qpool domain``: create, list, show, dump, leftovers, destroy."""
+"""``qpool domain``: make, look at, check, convert, grow, watch and remove domains."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ from storage_pool.check import check_domain, mend
 from storage_pool.cli.hosting import make_lvm, now, open_domain, take_token
 from storage_pool.cli.output import Output
 from storage_pool.dump import dump_block, dump_file
-from storage_pool.errors import printable
+from storage_pool.errors import Illegal, printable
 from storage_pool.file_domain import FileDomain, discover
 from storage_pool.ids import make_id
 from storage_pool.metadata_domain import BACKUP, BLOCK_TYPES, DATA, TYPES, VERSIONS
+from storage_pool.monitor import DomainMonitor, DomainStatus
 from storage_pool.process import SystemRunner
+from storage_pool.space import SpacePolicy, account
 from storage_pool.upgrade import upgrade
 
 if TYPE_CHECKING:
@@ -62,6 +65,19 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     create.add_argument("--remote-path", default=None, help="what is mounted there; the directory by default")
     create.add_argument("--block-size", type=int, choices=(512, 4096), default=512)
     create.add_argument("--force", action="store_true", help="take devices that hold something")
+    for verb, run, text in (
+        ("extend", _extend, "add devices to a volume group"),
+        ("reduce", _reduce, "take an empty device out of a volume group"),
+        ("resize", _resize, "let a volume group see that a device has grown"),
+    ):
+        parser = add(verb, run, text)
+        parser.add_argument("domain", metavar="UUID")
+        parser.add_argument("place", nargs="+" if verb == "extend" else 1, metavar="DEVICE")
+        if verb == "extend":
+            parser.add_argument("--force", action="store_true", help="take devices that hold something")
+    add("monitor", _monitor, "read from domains once and tell how long it took").add_argument(
+        "place", nargs="+", metavar="DIRECTORY|UUID"
+    )
     listing = add("list", _list, "list the domains in directories and on volume groups")
     listing.add_argument("place", nargs="*", metavar="DIRECTORY")
     for verb, run, text in (
@@ -161,11 +177,14 @@ def _show(arguments: argparse.Namespace, output: Output) -> int:
         summary = _summary(domain)
         warnings = domain.warnings() if isinstance(domain, BlockDomain) else []
         count = sum(1 for entry in domain.entries().values() if not entry.removed)
+        figures = account(domain)
+    warnings += SpacePolicy().warnings(figures)
+    summary.update(figures._asdict(), over_commit_percent=figures.over_commit_percent)
     summary.update(volumes=count, warnings=warnings)
     if output.as_json:
         output.document(summary)
         return 0
-    for key in ("total", "free"):
+    for key in figures._fields:
         summary[key] = human_size(int(str(summary[key])))
     output.fields([(key, _plain(value)) for key, value in summary.items() if key != "warnings"])
     for warning in warnings:
@@ -252,6 +271,59 @@ def _upgrade(arguments: argparse.Namespace, output: Output) -> int:
         for line in report:
             output.line(line)
     return 3 if report else 0
+
+
+def _group(domain: FileDomain | BlockDomain) -> BlockDomain:
+    if not isinstance(domain, BlockDomain):
+        raise Illegal("a domain in a directory has no devices", path=domain.name)
+    return domain
+
+
+def _extend(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
+        block_group.extend_block_domain(token, _group(domain), arguments.place, force=arguments.force)
+    return 0
+
+
+def _reduce(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
+        block_group.reduce_block_domain(token, _group(domain), arguments.place[0])
+    return 0
+
+
+def _resize(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
+        block_group.resize_device(token, _group(domain), arguments.place[0])
+    return 0
+
+
+def _check_once(domain: FileDomain | BlockDomain) -> DomainStatus:
+    return DomainMonitor(domain.uuid, lambda: domain, time.monotonic).check()
+
+
+def _monitor(arguments: argparse.Namespace, output: Output) -> int:
+    found = []
+    for name in arguments.place:
+        try:
+            with open_domain(arguments, name) as domain:
+                status = _check_once(domain)
+        except Error as error:
+            status = DomainStatus(name, valid=False, error=str(error))
+        found.append(status)
+    if output.as_json:
+        output.document(
+            [{"uuid": one.uuid, "valid": one.valid, "delay": one.delay_s, "error": one.error} for one in found]
+        )
+    else:
+        rows = [
+            [one.uuid, "valid" if one.valid else "lost", "-" if one.delay_s is None else f"{one.delay_s * 1000:.1f} ms"]
+            for one in found
+        ]
+        output.table(("DOMAIN", "STATE", "READ DELAY"), rows)
+        for one in found:
+            if one.error:
+                output.line(f"{one.uuid}: {one.error}")
+    return 0 if all(one.valid for one in found) else 3
 
 
 def _destroy(arguments: argparse.Namespace, output: Output) -> int:

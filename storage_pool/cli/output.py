@@ -6,11 +6,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+from qcowlib.cli.console import Console
+from qcowlib.cli.progress import Progress
 from qcowlib.errors import printable
 
 __all__ = ["Output"]
+
+
+class _OnStderr(Console):
+    """Says everything on standard error: standard output may be the data."""
+
+    __slots__ = ()
+
+    def out(self, text: str) -> None:
+        self.err(text)
 
 
 class Output:
@@ -40,6 +52,19 @@ class Output:
         widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
         for row in cells:
             self.line("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+    @contextmanager
+    def progress(self, wanted: bool) -> Iterator[Callable[[int, int], None]]:
+        """Give what a job tells its progress to: per cent as ``qcow convert -p`` prints them, or JSON lines."""
+        told = Progress(_OnStderr("qpool"), wanted, form="json" if wanted and self.as_json else None)
+        told.report(0)
+
+        def report(done: int, total: int) -> None:
+            told.report(done, total)
+
+        yield report
+        told.report(100)
+        told.end()
 
     def flush(self) -> None:
         """Hand everything to the system."""

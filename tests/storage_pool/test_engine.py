@@ -203,7 +203,7 @@ def test_everything_that_was_cut_is_ended(engine, tmp_path):
     put(moving, b"hello")
     taken = merging.snapshot()
     put(merging, b"hello")
-    for at, action in ((3, lambda: moving.move(other)), (5, lambda: merging.delete_snapshot(taken))):
+    for at, action in ((1, lambda: moving.move(other)), (3, lambda: merging.delete_snapshot(taken))):
         real, one.domain = one.domain, KillingDomain(one.domain, at)
         with pytest.raises(Killed):
             action()

@@ -10,7 +10,7 @@ ever changed.  A lookup resolves through all layers before any byte is read.
 
 from __future__ import annotations
 
-from qcowlib.driver import DATA, HOLE, SPARSE, ZERO
+from qcowlib.driver import COMPRESSED, DATA, HOLE, SPARSE, ZERO
 from qcowlib.errors import CorruptImage, Error, FormatError, StorageError, UnsupportedFeature, UsageError
 from qcowlib.native import ChainMap, LayerFds, RunList
 from qcowlib.ondisk import is_qcow2
@@ -186,10 +186,19 @@ class Chain:
             if code == _IO_MISSING:
                 raise CorruptImage(f"data at offset {offset:#x} lies past the end of the file", path=image.data.name)
             raise StorageError(code, path=image.data.name, operation="read", offset=offset)
+        packed: dict[int, list[tuple[int, int, int]]] = {}
         for index in left:
             kind, guest, length, host, layer = runs[index]
             start = guest - base
-            self.layers[layer].read_run(kind, host, guest, length, view[start : start + length])
+            image = self.layers[layer]
+            if kind == COMPRESSED and isinstance(image, Qcow2Image) and length == image.cluster_size:
+                packed.setdefault(layer, []).append((host, guest, start))
+            else:
+                image.read_run(kind, host, guest, length, view[start : start + length])
+        for layer, clusters in packed.items():
+            image = self.layers[layer]
+            if isinstance(image, Qcow2Image):
+                image.read_packed(clusters, view)
 
     # -- writing ---------------------------------------------------------------
 

@@ -209,6 +209,10 @@ class Qcow2Image:
         """Fill *view* from one DATA or COMPRESSED run (blocking, thread-safe)."""
         self.reader.read_run(kind, host, guest, length, view)
 
+    def read_packed(self, clusters: list[tuple[int, int, int]], view: memoryview) -> None:
+        """Fill whole clusters of *view*: ``(compressed entry, guest offset, place)`` each (blocking, thread-safe)."""
+        self.reader.read_packed(clusters, view)
+
     async def start_writing(self) -> None:
         """Before the first change: load refcounts, clear bits that our writes make untrue (I10)."""
         if self._started:

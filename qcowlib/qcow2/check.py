@@ -326,13 +326,17 @@ def _check_references(report: Report, walk: ReferenceWalk, log: Log) -> None:
         return
     found = compare(walk, log)
     report.leaks += found.leaks
-    report.corruptions += found.corruptions + walk.counts.copied_errors
+    copied = walk.counts.copied_errors
+    if copied and found.unreadable:
+        # A table whose own count cannot be read is passed over; the counting pass does not know that.
+        copied = sum(1 for _ in walk.copied_mismatches())
+    report.corruptions += found.corruptions + copied
     report.check_errors += found.unreadable
-    if walk.counts.copied_errors:
+    if copied:
         for mismatch in walk.copied_mismatches():
             if log.room <= 0:
                 break
             log.add(copied_finding(*mismatch))
         told = sum(finding.kind == "copied" for finding in log.findings)
-        log.suppressed += walk.counts.copied_errors - told
+        log.suppressed += copied - told
     fill_statistics(report, walk, found.highest)

@@ -81,6 +81,16 @@ def test_damaged_image_gives_the_lines_of_qemu_img(
 
 
 @pytest.mark.real("qemu-img", "qemu-io")
+def test_flags_below_a_table_of_unknown_count_are_passed_over(images: dict[str, corpus.Image], scratch: Path) -> None:
+    data = bytearray(images["bits64"].data)
+    # The first refcount block is outside the file, and a data cluster counted by the second is free.
+    data[512:520] = (1 << 63).to_bytes(8, "big")
+    data[37888:37896] = bytes(8)
+    scratch.write_bytes(data)
+    assert_same(scratch)
+
+
+@pytest.mark.real("qemu-img", "qemu-io")
 def test_refcounts_left_behind_by_lazy_refcounts_are_found(tmp_path: Path) -> None:
     path = tmp_path / "lazy.qcow2"
     corpus.good("qemu-img", "create", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=4k", path, "1M")

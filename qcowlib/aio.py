@@ -95,14 +95,14 @@ class Image(OpenImage):
         self._check_writable()
         check_range(offset, length, self.size, self.path)
         if length:
-            await self._chain.writer.zero(offset, length, unmap=unmap)
+            await self._chain.zero(offset, length, unmap=unmap)
 
     async def discard(self, length: int, offset: int) -> None:
         """Give whole clusters inside the range back."""
         self._check_writable()
         check_range(offset, length, self.size, self.path)
         if length:
-            await self._chain.writer.discard(offset, length)
+            await self._chain.discard(offset, length)
 
     async def flush(self) -> None:
         """Return when everything written before is durable."""

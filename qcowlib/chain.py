@@ -47,11 +47,16 @@ Layer = Qcow2Image | RawImage
 class Chain:
     """Layers, top first, with the mapping through all of them.
 
+    *punch* gives what the guest discards back to the file system;
+    *write_through* makes each change durable before its call returns.
+
     *sparse* refines maps with what the file system knows about holes, where a
     file looks preallocated as qemu judges it.
     """
 
-    def __init__(self, runtime: Runtime, layers: list[Layer], *, punch: bool = True) -> None:
+    def __init__(
+        self, runtime: Runtime, layers: list[Layer], *, punch: bool = True, write_through: bool = False
+    ) -> None:
         if len(layers) > MAX_DEPTH:
             raise FormatError(f"the chain has more than {MAX_DEPTH} layers", path=layers[0].storage.name)
         self.runtime = runtime
@@ -63,8 +68,9 @@ class Chain:
         maps = [layer.cmap if isinstance(layer, Qcow2Image) else None for layer in layers]
         self.map = ChainMap(maps, [layer.size for layer in layers], fds)
         self.map.fast_read = True
-        self.map.fast_write = isinstance(self.top, RawImage) and self.top.writable
+        self.map.fast_write = isinstance(self.top, RawImage) and self.top.writable and not write_through
         self._punch = punch
+        self._through = write_through
         self._writer: Writer | RawWriter | None = None
         if isinstance(self.top, Qcow2Image):
             self.top.chain_map = self.map
@@ -85,7 +91,12 @@ class Chain:
                 from qcowlib.qcow2.write import Writer
 
                 self._writer = Writer(
-                    self.top, self.read_into, self.reads_zero, has_backing=len(self.layers) > 1, punch=self._punch
+                    self.top,
+                    self.read_into,
+                    self.reads_zero,
+                    has_backing=len(self.layers) > 1,
+                    punch=self._punch,
+                    lane=not self._through,
                 )
             else:
                 self._writer = RawWriter(self.top)
@@ -205,6 +216,30 @@ class Chain:
     async def write(self, offset: int, data: memoryview) -> None:
         """Write *data* at guest *offset*."""
         await self.writer.write(offset, data)
+        await self._written()
+
+    async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make guest bytes read as zeros."""
+        await self.writer.zero(offset, length, unmap=unmap)
+        await self._written()
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give guest bytes back."""
+        await self.writer.discard(offset, length)
+        await self._written()
+
+    async def write_compressed(self, offset: int, cluster: memoryview) -> None:
+        """Store one whole cluster compressed."""
+        writer = self.writer
+        if isinstance(writer, RawWriter):
+            raise UsageError("Compression not supported for this file format", path=self.top.storage.name)
+        await writer.write_compressed(offset, cluster)
+        await self._written()
+
+    async def _written(self) -> None:
+        """With write-through a change is durable when its call returns, with all that makes it readable."""
+        if self._through:
+            await self.flush()
 
     async def resize(self, size: int, *, preallocation: Preallocation, shrink: bool) -> None:
         """Change the size of the top layer."""

@@ -251,10 +251,7 @@ class Image(OpenImage):
     def write_compressed(self, data: ReadableBuffer, offset: int) -> None:
         """Store one whole guest cluster compressed, where nothing is allocated yet."""
         self._check_writable()
-        writer = self._chain.writer
-        if isinstance(writer, RawWriter):
-            raise UsageError("Compression not supported for this file format", path=self.path)
-        self._runtime.run(writer.write_compressed(offset, memoryview(data).cast("B")))
+        self._runtime.run(self._chain.write_compressed(offset, memoryview(data).cast("B")))
 
     def zero(self, length: int, offset: int, *, unmap: bool = True) -> None:
         """Make the range read as zeros, whatever the backing files hold.
@@ -264,7 +261,7 @@ class Image(OpenImage):
         self._check_writable()
         check_range(offset, length, self._chain.size, self.path)
         if length:
-            self._runtime.run(self._chain.writer.zero(offset, length, unmap=unmap))
+            self._runtime.run(self._chain.zero(offset, length, unmap=unmap))
 
     def discard(self, length: int, offset: int) -> None:
         """Give whole clusters inside the range back; they read as zeros afterwards.
@@ -274,7 +271,7 @@ class Image(OpenImage):
         self._check_writable()
         check_range(offset, length, self._chain.size, self.path)
         if length:
-            self._runtime.run(self._chain.writer.discard(offset, length))
+            self._runtime.run(self._chain.discard(offset, length))
 
     def resize(self, size: int, *, preallocation: Preallocation = "off", shrink: bool = False) -> None:
         """Change the virtual size; new bytes read as zeros.  Losing bytes needs *shrink*.
@@ -488,6 +485,10 @@ def open(
     *secret* unlocks an encrypted image: a passphrase, or a mapping from file
     names to passphrases where several layers need one.  *force_share* reads although
     somebody writes; *lock* false takes no locks at all.
+
+    *cache* as qemu's: ``none`` and ``directsync`` go past the page cache,
+    ``writethrough`` and ``directsync`` make each write durable before it
+    returns, ``unsafe`` ignores flushes.
 
     Raises: FormatError, UnsupportedFeature, GateDenied, Busy, SecretError,
     StorageError.

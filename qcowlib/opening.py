@@ -44,6 +44,7 @@ __all__ = ["FORMATS", "OpenOptions", "open_chain", "open_storage"]
 
 FORMATS = ("qcow2", "raw")
 _MAX_LUKS_AREA = 16 * MiB
+_WRITE_THROUGH = {"writethrough": "writeback", "directsync": "none"}
 
 
 class OpenOptions(NamedTuple):
@@ -84,10 +85,13 @@ def open_chain(runtime: Runtime, source: Source, options: OpenOptions) -> Chain:
         raise UsageError("force-share=on can only be used with read-only images")
     if options.discard not in ("unmap", "ignore"):
         raise UsageError(f"Invalid discard option: {printable(options.discard)}")
+    # The engine flushes itself: a write of its own that storage made durable would not order anything.
+    through = options.writable and options.cache in _WRITE_THROUGH
+    options = options._replace(cache=_WRITE_THROUGH.get(options.cache, options.cache))
     opened: list[Storage] = []
     try:
         layers = _open_layers(runtime, source, options, opened)
-        return Chain(runtime, layers, punch=options.discard == "unmap")
+        return Chain(runtime, layers, punch=options.discard == "unmap", write_through=through)
     except BaseException:
         for storage in opened:
             storage.close()

@@ -62,12 +62,14 @@ class Writer:
         *,
         has_backing: bool,
         punch: bool = True,
+        lane: bool = True,
     ) -> None:
         self.image = image
         self.read_guest = read_guest
         self.reads_zero = reads_zero
         self.has_backing = has_backing
         self.punch = punch
+        self._lane = lane
         self.ranges = RangeLock(image.runtime)
         self.gate = Gate(image.runtime)
 
@@ -146,7 +148,7 @@ class Writer:
             return
         simple = image.plain and not image.on_change and image.writeback is not None and not self.gate.closed
         alone = self.gate.pins == 0
-        lane.fast_write = (
+        lane.fast_write = self._lane and (
             simple
             and image.writeback is not None
             and image.writeback.failed is None

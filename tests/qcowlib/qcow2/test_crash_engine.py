@@ -273,3 +273,23 @@ def test_a_rule_removed_is_noticed(
         if caught:
             break
     assert caught, f"{mutant.__name__} went unnoticed"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_write_through_makes_each_write_durable_before_it_returns(seed: int) -> None:
+    file = MemoryStorage()
+    create(file, options())
+    log = OpLog()
+    recorded = log.record(file)
+    model = GuestModel(SIZE, log)
+    rng = Random(seed)
+    image = qcowlib.open(recorded, "r+", format="qcow2", cache="writethrough")
+    for _ in range(12):
+        first = rng.randrange(SIZE // 512 - 4)
+        with model.write(first * 512, 2048) as data:
+            image.pwrite(data, first * 512)
+        # Nothing is asked of the image: the promise was made when the write returned.
+        with model.flush():
+            pass
+    image.close()
+    assert_crash_safe(log, model.oracle, seed=seed, random_states=6)

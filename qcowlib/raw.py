@@ -26,13 +26,14 @@ class RawImage:
     """A layer without any mapping."""
 
     format = "raw"
-    plain = True
 
     def __init__(self, runtime: Runtime, storage: Storage, *, writable: bool = False) -> None:
         self.runtime = runtime
         self.storage = storage
         self.data = storage
         self.writable = writable
+        #: Whether the bytes at an offset are the guest's: not so inside a LUKS file.
+        self.plain: bool = getattr(storage, "plain", True)
 
     @property
     def size(self) -> int:

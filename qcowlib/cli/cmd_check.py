@@ -15,7 +15,7 @@ from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import ImageRef, image_ref
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import check_backing, open_failure, secret_of
+from qcowlib.cli.opening import check_backing, luks_secret, open_failure, recognise_luks, secret_of
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.errors import Error
 
@@ -128,7 +128,10 @@ def _open(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes]) -
     try:
         storage = FileStorage.open(ref.path, writable=writable, cache=cache)
         try:
-            if (ref.format or probe_format(storage)) == "raw":
+            recognise_luks(ref, storage)
+            if ref.format == "luks":
+                luks_secret(ref, secrets)
+            if (ref.format or probe_format(storage)) != "qcow2":
                 storage.close()
                 return None
             access = "force_share" if shared else "write" if writable else "read"

@@ -116,6 +116,7 @@ def _entries(image: Image, start: int, length: int) -> Iterator[Entry]:
     if length <= 0:
         return
     files = [layer.data.name for layer in image.layers]
+    plain = [layer.plain for layer in image.layers]
     for kind, first, size, offset, depth, present in image.extents(start, length):
         yield Entry(
             first,
@@ -124,8 +125,8 @@ def _entries(image: Image, start: int, length: int) -> Iterator[Entry]:
             present=present,
             zero=kind in ("zero", "hole", "sparse"),
             data=kind in ("data", "compressed", "sparse"),
-            offset=offset,
-            file=files[depth] if offset is not None else "",
+            offset=offset if plain[depth] else None,
+            file=files[depth] if offset is not None and plain[depth] else "",
         )
 
 

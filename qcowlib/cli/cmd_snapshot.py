@@ -16,7 +16,7 @@ from qcowlib.cli.describe import describe, snapshot_table
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import ImageRef
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import hint_text, open_failure, open_image, open_storage, tell_lost_bitmaps
+from qcowlib.cli.opening import hint_text, luks_secret, open_failure, open_image, open_storage, tell_lost_bitmaps
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.errors import CorruptImage, Error, StorageError, UsageError
 
@@ -68,16 +68,18 @@ def run(args: Args, console: Console) -> int:
     options.wants_json(args)
     secrets = parse_secrets(args.texts("object"))
     if not actions or actions[0][0] == "list":
-        _list(ref, args, console, shown=bool(actions))
+        _list(ref, args, secrets, console, shown=bool(actions))
     else:
         _change(ref, args, actions[0], secrets, console)
     return 0
 
 
-def _list(ref: ImageRef, args: Args, console: Console, *, shown: bool) -> None:
+def _list(ref: ImageRef, args: Args, secrets: Mapping[str, bytes], console: Console, *, shown: bool) -> None:
     file, storage, header = open_storage(ref, force_share=args.flag("force-share"))
     try:
         tell_lost_bitmaps(header, console)
+        if ref.format == "luks":
+            luks_secret(ref, secrets)
         found = describe(ref, file, storage, header).get("snapshots", [])
     except Error as error:
         raise open_failure(ref.text, error) from None

@@ -13,7 +13,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from qcowlib.cli.console import Failure
-from qcowlib.cli.encryption import encryption_of, luks_area
+from qcowlib.cli.encryption import encryption_of, luks_area, luks_size
 from qcowlib.cli.names import image_ref, strip_protocol
 from qcowlib.cli.opening import hint_text, open_storage
 from qcowlib.errors import Error, StorageError
@@ -107,6 +107,8 @@ def _probe_backing(name: str, fmt: str | None) -> tuple[str, int]:
     with closing(file):
         if header is not None:
             return "qcow2", header.size
+        if ref.format == "luks":
+            return "luks", luks_size(view)
         return "raw", -(-view.size // 512) * 512
 
 

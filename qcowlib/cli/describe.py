@@ -30,11 +30,22 @@ def describe(ref: ImageRef, file: Storage, storage: Storage, header: Header | No
     Raises FormatError, StorageError.
     """
     result = image_info(storage, header, filename=ref.shown, file=file).to_dict()
-    if header is None and ref.is_file:
+    if ref.format == "luks":
+        _describe_luks(result, storage)
+    elif header is None and ref.is_file:
         result["format"] = "file"
     elif "backing-filename" in result:
         result["full-backing-filename"] = full_backing_name(ref.path, str(result["backing-filename"]))
     return result
+
+
+def _describe_luks(result: dict[str, Json], storage: Storage) -> None:
+    from qcowlib.cli.encryption import luks_header, luks_size
+
+    result["format"] = "luks"
+    result["encrypted"] = True
+    result["virtual-size"] = luks_size(storage)
+    result["format-specific"] = {"type": "luks", "data": luks_header(storage).info()}  # type: ignore[dict-item]
 
 
 def snapshot_table(snapshots: Sequence[Mapping[str, Json]]) -> str:

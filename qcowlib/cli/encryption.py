@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qcowlib.cli.optlist import OptionList
+    from qcowlib.luks import LuksHeader
+    from qcowlib.storage.base import Storage
 
-__all__ = ["encrypted_bytes", "encryption_of", "luks_area"]
+__all__ = ["encrypted_bytes", "encryption_of", "luks_area", "luks_header", "luks_size"]
 
 _DEFAULT_TIME = 2000
 
@@ -78,6 +80,20 @@ def luks_area(values: OptionList, prefix: str, secrets: Mapping[str, bytes], *, 
         host_sectors=host_sectors,
     )
     return area
+
+
+def luks_header(storage: Storage) -> LuksHeader:
+    """Return the header of a LUKS file.  Raises FormatError, CorruptImage."""
+    from qcowlib.luks import HEADER_BYTES, LuksHeader
+
+    area = bytearray(HEADER_BYTES)
+    storage.read_into(0, [area])
+    return LuksHeader.parse(area)
+
+
+def luks_size(storage: Storage) -> int:
+    """Return the bytes inside a LUKS file, in whole sectors; needs no key."""
+    return max(0, storage.size - luks_header(storage).payload) // 512 * 512
 
 
 def encrypted_bytes(fmt: str, values: OptionList, secrets: Mapping[str, bytes]) -> int:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "ImageRef", "Window", "image_ref", "known_format"]
 
 FORMATS = ("qcow2", "raw")
+#: What an image can be opened as: a LUKS file reads as the raw image inside.
+_OPENABLE = (*FORMATS, "luks")
 _FILES = ("file", "host_device")
 
 _COMMON_NAMES = (
@@ -41,6 +43,7 @@ _QCOW2_NAMES = (
 )
 _QCOW2 = frozenset(_QCOW2_NAMES.split())
 _RAW = frozenset(("offset", "size"))
+_KEYS = {"raw": _RAW, "qcow2": _QCOW2, "luks": frozenset(("key-secret",))}
 
 
 class Window:
@@ -88,7 +91,7 @@ def image_ref(text: str, fmt: str | None, *, image_opts: bool = False) -> ImageR
         return _from_tree(text, _tree(_implied(text)), None)
     if text.startswith("json:"):
         return _from_tree(text, _json_tree(text), fmt)
-    if fmt is not None and fmt not in FORMATS and fmt not in _FILES:
+    if fmt is not None and fmt not in _OPENABLE and fmt not in _FILES:
         raise _refused(text, f"Unknown driver '{fmt}'")
     path = strip_protocol(text)
     ref = ImageRef(text, path, "raw" if fmt in _FILES else fmt)
@@ -181,7 +184,7 @@ def _from_tree(text: str, root: Tree, fmt: str | None) -> ImageRef:
             driver = "raw"
     if driver is None and "file" not in root:
         raise _refused(text, "Must specify either driver or file")
-    if not (driver is None or isinstance(driver, str)) or (driver is not None and driver not in (*FORMATS, *_FILES)):
+    if not (driver is None or isinstance(driver, str)) or (driver is not None and driver not in (*_OPENABLE, *_FILES)):
         raise _refused(text, f"Unknown driver '{driver}'")
     ref = ImageRef(text, "", None)
     if driver in _FILES:
@@ -235,7 +238,7 @@ def _visible(node: Tree) -> Json:
         if isinstance(value, dict):
             if key == "file":
                 keep[key] = _visible({"driver": "file", **value} if "driver" not in value else value)
-        elif key in ("driver", "filename", "offset", "size"):
+        elif key in ("driver", "filename", "offset", "size", "key-secret"):
             keep[key] = value
     return keep
 
@@ -268,7 +271,7 @@ def _file_name(text: str, node: Tree) -> str:
 
 def _check_keys(text: str, node: Tree, driver: str | None) -> None:
     """Refuse keys that a format does not know."""
-    known = _RAW if driver == "raw" else _QCOW2 if driver == "qcow2" else _QCOW2 | _RAW
+    known = _KEYS.get(driver or "", _QCOW2 | _RAW)
     for key, _ in _leaves(node):
         if key.startswith("file.") or key == "file" or key in known or key in _COMMON:
             continue
@@ -297,10 +300,12 @@ def _leaves(node: Tree, prefix: str = "") -> list[tuple[str, Leaf]]:
 
 
 def _format_options(ref: ImageRef, root: Tree) -> None:
-    encrypt = root.get("encrypt")
+    encrypt = root if ref.format == "luks" else root.get("encrypt")
     if isinstance(encrypt, dict):
         secret = encrypt.get("key-secret")
         ref.secret = secret if isinstance(secret, str) else None
+    if ref.format == "luks" and ref.secret is not None:
+        ref.shown = "json:" + compact(_visible(root))
     data_file = root.get("data-file")
     if isinstance(data_file, dict):
         ref.data_file = _file_name(ref.text, data_file)

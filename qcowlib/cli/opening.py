@@ -9,6 +9,7 @@ the name as typed.
 from __future__ import annotations
 
 from qcowlib.cli.console import Failure
+from qcowlib.cli.names import FORMATS
 from qcowlib.errors import Error
 from qcowlib.ondisk.header import HEADER_READ, Header, header_read_size, is_qcow2
 from qcowlib.storage.file import FileStorage
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "hint_text",
+    "luks_secret",
     "open_failure",
     "open_image",
     "open_storage",
     "read_header",
+    "recognise_luks",
     "secret_of",
     "tell_lost_bitmaps",
     "tell_probed_raw",
 ]
 
+_LUKS1 = b"LUKS\xba\xbe\0\1"
 _LOST_BITMAPS = (
     "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent",
     "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.",
@@ -69,8 +73,10 @@ def open_storage(ref: ImageRef, *, force_share: bool = False) -> tuple[FileStora
     try:
         view = _windowed(file, ref)
         header = read_header(view, ref.format)
+        recognise_luks(ref, view)
         access = "force_share" if force_share else "read"
-        lock_image(file.fileno(), file.name, access, reserve=header is not None)  # type: ignore[arg-type]
+        reserve = header is not None or ref.format == "luks"
+        lock_image(file.fileno(), file.name, access, reserve=reserve)  # type: ignore[arg-type]
         return file, view, header
     except Error as error:
         file.close()
@@ -109,7 +115,7 @@ def read_header(storage: Storage, fmt: str | None) -> Header | None:
 
     Without *fmt* the first bytes decide.  Raises FormatError.
     """
-    if fmt == "raw":
+    if fmt in ("raw", "luks"):
         return None
     size = storage.size
     data = bytearray(min(HEADER_READ, size))
@@ -121,6 +127,23 @@ def read_header(storage: Storage, fmt: str | None) -> Header | None:
         data = bytearray(wanted)
         storage.read_into(0, [data])
     return Header.parse(bytes(data), size, path=storage.name, no_io=True)
+
+
+def recognise_luks(ref: ImageRef, view: Storage) -> None:
+    """Set the format of *ref* if none was asked for and *view* is a LUKS file."""
+    if ref.format is None:
+        head = bytearray(8)
+        view.read_into(0, [head])
+        if head == _LUKS1:
+            ref.format = "luks"
+
+
+def luks_secret(ref: ImageRef, secrets: Mapping[str, bytes]) -> bytes:
+    """Return the passphrase of a LUKS file.  Raises :class:`Failure`."""
+    phrase = secret_of(ref, secrets)
+    if phrase is None:
+        raise Failure(f"Could not open '{ref.text}': Parameter 'key-secret' is required for cipher")
+    return phrase
 
 
 def tell_probed_raw(ref: ImageRef, image: Image, console: Console) -> None:
@@ -151,10 +174,11 @@ def open_image(
     from qcowlib.image import open as open_any
 
     try:
+        source = _source(ref, writable, cache, force_share, secrets)
         image = open_any(
-            _source(ref, writable, cache),
+            source,
             "r+" if writable else "r",
-            format=ref.format,
+            format="raw" if ref.format == "luks" else ref.format,
             snapshot=snapshot,
             cache=cache,  # type: ignore[arg-type]
             force_share=force_share,
@@ -170,10 +194,25 @@ def open_image(
     return image
 
 
-def _source(ref: ImageRef, writable: bool, cache: str) -> str | Storage:
-    if not ref.windows:
+def _source(
+    ref: ImageRef, writable: bool, cache: str, force_share: bool, secrets: Mapping[str, bytes]
+) -> str | Storage:
+    if ref.format in FORMATS and not ref.windows:
         return ref.path
-    return _windowed(FileStorage.open(ref.path, writable=writable, cache=cache), ref)
+    file = FileStorage.open(ref.path, writable=writable, cache=cache)
+    try:
+        view = _windowed(file, ref)
+        recognise_luks(ref, view)
+        if ref.format != "luks":
+            return view if ref.windows else file
+        access = "force_share" if force_share else "write" if writable else "read"
+        lock_image(file.fileno(), file.name, access)  # type: ignore[arg-type]
+        from qcowlib.storage.encrypted import open_luks
+
+        return open_luks(view, luks_secret(ref, secrets))
+    except BaseException:
+        file.close()
+        raise
 
 
 def secret_of(ref: ImageRef, secrets: Mapping[str, bytes]) -> bytes | None:

@@ -68,6 +68,8 @@ class EncryptedStorage:
 
     __slots__ = ("_cipher", "_length", "_lock", "_start", "_storage")
 
+    plain = False
+
     def __init__(self, storage: Storage, start: int, cipher: Cipher) -> None:
         self._storage = storage
         self._start = start
@@ -142,9 +144,14 @@ class EncryptedStorage:
             yield StorageExtent("hole", middle, end - middle)
 
     def resize(self, size: int) -> None:
+        """Make it *size* bytes, whole sectors; new ones read as noise until they are written, as in qemu."""
         self._check("resize", 0, 0)
-        if size != self._length:
-            raise StorageError(errno.EINVAL, path=self.name, operation="resize", message="size is fixed")
+        if size % SECTOR:
+            raise StorageError(errno.EINVAL, path=self.name, operation="resize", message="size is not whole sectors")
+        with self._lock:
+            if size != self._length:
+                self._storage.resize(self._start + size)
+                self._length = size
 
     def close(self) -> None:
         self._storage.close()

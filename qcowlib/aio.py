@@ -155,9 +155,9 @@ class Image(OpenImage):
             return []
         return await self._chain.runtime.io(read_snapshots, top.storage, top.header)
 
-    async def create_snapshot(self, name: str) -> SnapshotEntry:
+    async def create_snapshot(self, name: str, *, as_qemu: bool = False) -> SnapshotEntry:
         """Take an internal snapshot."""
-        return await create_snapshot(self._writer(), name)
+        return await create_snapshot(self._writer(), name, as_qemu=as_qemu)
 
     async def apply_snapshot(self, wanted: str) -> None:
         """Go back to a snapshot (id, else name)."""

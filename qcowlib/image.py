@@ -404,11 +404,15 @@ class Image(OpenImage):
         top = self._chain.top
         return read_snapshots(top.storage, top.header) if isinstance(top, Qcow2Image) else []
 
-    def create_snapshot(self, name: str) -> SnapshotEntry:
-        """Take an internal snapshot of what the guest sees now; durable when this returns."""
+    def create_snapshot(self, name: str, *, as_qemu: bool = False) -> SnapshotEntry:
+        """Take an internal snapshot of what the guest sees now; durable when this returns.
+
+        A refused one changes nothing; with *as_qemu* one for which refcounts
+        are too narrow leaks its L1 table, as qemu-img's does.
+        """
         from qcowlib.qcow2.snapshot import create_snapshot
 
-        return self._runtime.run(create_snapshot(self._snapshot_writer(), name))
+        return self._runtime.run(create_snapshot(self._snapshot_writer(), name, as_qemu=as_qemu))
 
     def apply_snapshot(self, wanted: str) -> None:
         """Go back to a snapshot (id, else name), its size too.  The snapshot stays."""

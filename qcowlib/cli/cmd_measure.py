@@ -124,7 +124,8 @@ def _measure(args: Args, fmt: str, source: int | Image, secrets: Mapping[str, by
             **(creation.job_options(values) if fmt == "qcow2" else {}),
         )
     except Error as error:
-        raise Failure(error.message, hint=hint_text(error)) from None
+        text = error.message.replace("(use version=v3 or greater)", "(use compat=1.1 or greater)")
+        raise Failure(text, hint=hint_text(error)) from None
     if fmt == "luks":
         return Measurement(found.required + header, found.fully_allocated + header)
     return found
@@ -137,6 +138,8 @@ def _check_choices(values: OptionList) -> None:
         raise Failure(f"Invalid compatibility level: '{compat}'")
     if mode is not None and mode not in ("off", "metadata", "falloc", "full"):
         raise Failure(f"invalid parameter value: {mode}")
+    if values.text("backing_file") is not None:
+        values.remove("preallocation")  # with a backing file all clusters count anyway
     values.remove("compression_type")
     values.remove("data_file")
     values.remove("data_file_raw")

@@ -95,6 +95,7 @@ def _list(ref: ImageRef, args: Args, secrets: Mapping[str, bytes], console: Cons
 
 def _change(ref: ImageRef, args: Args, action: tuple[str, str], secrets: Mapping[str, bytes], console: Console) -> None:
     verb, name = action
+    compatible = console.prog.startswith("qemu-img")
     if args.flag("force-share"):
         raise Failure(f"Could not open '{ref.text}': force-share=on can only be used with read-only images")
     with open_image(ref, console, secrets=secrets, writable=True) as image:
@@ -102,13 +103,12 @@ def _change(ref: ImageRef, args: Args, action: tuple[str, str], secrets: Mapping
             raise Failure(f"{_FAILED[verb]} '{name}': {_RAW[verb]}")
         try:
             if verb == "create":
-                image.create_snapshot(name)
+                image.create_snapshot(name, as_qemu=compatible)
             elif verb == "apply":
                 image.apply_snapshot(name)
             else:
                 image.delete_snapshot(name, by_id=False)
         except Error as error:
-            compatible = console.prog.startswith("qemu-img")
             text = f"{_FAILED[verb]} '{name}': {_cause(verb, error, compatible)}"
             # Source: qemu-img tells of a damaged table in a line of its own.
             first = [error.message] if compatible and verb == "apply" and isinstance(error, CorruptImage) else []

@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from qcowlib.runtime import Runtime
     from qcowlib.storage.base import Storage
 
-__all__ = ["NotCovered", "RefcountStore"]
+__all__ = ["AtMaximum", "NotCovered", "RefcountStore"]
 
 _OK, _NEED, _NO_BLOCK, _RANGE = range(4)
 _CACHE_BYTES = 8 * MiB
+
+
+class AtMaximum(CorruptImage):
+    """A count that has no room for one more reference."""
 
 
 class NotCovered(CorruptImage):
@@ -95,9 +99,7 @@ class RefcountStore:
                 continue
             if code == _RANGE and increment:
                 offset = where << self.header.cluster_bits
-                raise CorruptImage(
-                    f"the refcount of the cluster at {offset:#x} is at its maximum", path=self.storage.name
-                )
+                raise AtMaximum(f"the refcount of the cluster at {offset:#x} is at its maximum", path=self.storage.name)
             if code == _RANGE:
                 await self._change_each(cluster, part)
             elif code == _NO_BLOCK and increment:

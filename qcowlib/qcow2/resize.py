@@ -135,7 +135,7 @@ async def _grow_l1(writer: Writer, size: int) -> None:
             errno.EFBIG,
             path=image.storage.name,
             operation="resize",
-            message="The image size is too large for file format 'qcow2' (try using a larger cluster size)",
+            message="Failed to grow the L1 table: File too large",
         )
     if needed <= cmap.l1_size:
         return

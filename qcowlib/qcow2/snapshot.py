@@ -39,6 +39,7 @@ from qcowlib.ondisk import (
 )
 from qcowlib.qcow2.directories import check_snapshot_l1, read_snapshots
 from qcowlib.qcow2.ordering import PREPARE
+from qcowlib.qcow2.refcounts import AtMaximum
 from qcowlib.units import MiB, round_up
 
 TYPE_CHECKING = False
@@ -70,11 +71,15 @@ def find_snapshot(entries: list[SnapshotEntry], wanted: str, *, by_id: bool = Tr
     return None
 
 
-async def create_snapshot(writer: Writer, name: str) -> SnapshotEntry:
-    """Take a snapshot called *name* (cut to 255 bytes); returns its entry."""
+async def create_snapshot(writer: Writer, name: str, *, as_qemu: bool = False) -> SnapshotEntry:
+    """Take a snapshot called *name* (cut to 255 bytes); returns its entry.
+
+    *as_qemu*: where a count has no room for one more, leave the copy of L1
+    allocated, as qemu does: a leak, which scripts made for it may look for.
+    """
     change = await _Change.begin(writer)
     try:
-        return await change.create(name)
+        return await change.create(name, as_qemu)
     except BaseException:
         await change.recover()
         raise
@@ -139,7 +144,7 @@ class _Change:
 
     # -- the three changes -----------------------------------------------------
 
-    async def create(self, name: str) -> SnapshotEntry:
+    async def create(self, name: str, as_qemu: bool) -> SnapshotEntry:
         image = self.image
         if len(self.entries) >= MAX_SNAPSHOTS:
             raise UsageError(f"an image has at most {MAX_SNAPSHOTS} snapshots", path=_name(image))
@@ -148,7 +153,7 @@ class _Change:
         await self._clear_flags(l1)
         count = image.cmap.l1_size
         place = await self._space(8 * count)
-        await self._reference(l1, place)
+        await self._reference(l1, place, leak=as_qemu)
         now = image.runtime.wall_ns()
         entry = SnapshotEntry(
             place,
@@ -344,17 +349,23 @@ class _Change:
         await image.changing.commit(final=True)
         l1[:] = [word & ~COPIED for word in l1]
 
-    async def _reference(self, l1: list[int], place: int) -> None:
-        """Take one reference on everything that *l1* reaches; on failure on nothing, and *place* is released."""
+    async def _reference(self, l1: list[int], place: int, *, leak: bool = False) -> None:
+        """Take one reference on everything that *l1* reaches; on failure on nothing, and *place* is released.
+
+        With *leak* it is not when a count has no room.
+        """
         done: list[tuple[int, int]] = []
         try:
             async for first, count in self._reached(l1):
                 await self.image.changing.store.change(first, count, True)
                 done.append((first, count))
-        except BaseException:
+        except BaseException as error:
             for first, count in done:
                 await self.image.changing.store.change(first, count, False)
-            self._free(place, 8 * len(l1))
+            if leak and isinstance(error, AtMaximum):
+                self.image.changing.queue(PREPARE, place, _pack_l1(l1))
+            else:
+                self._free(place, 8 * len(l1))
             raise
 
     async def _take_back(self, l1: list[int], place: int, length: int) -> None:

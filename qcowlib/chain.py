@@ -17,6 +17,7 @@ from qcowlib.ondisk import is_qcow2
 from qcowlib.qcow2.directories import read_bitmaps
 from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.raw import RawImage, RawWriter
+from qcowlib.runtime import pause
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -296,7 +297,16 @@ class Chain:
         await self.top.flush()
 
     def close(self) -> None:
-        """Close every storage (blocking); errors of the first one are raised at the end."""
+        """Close every storage (blocking); errors of the first one are raised at the end.
+
+        Descriptors are taken from the compiled lane first, and operations that
+        still use them are waited for: their numbers may soon be another file's.
+        """
+        self.map.fast_read = self.map.fast_write = self.map.fast_allocate = False
+        for number in range(len(self.layers)):
+            self.map.fds.set(number, None, 1)
+        while self.map.pinned:
+            pause()
         first: Error | None = None
         for layer in self.layers:
             for storage in {id(s): s for s in (layer.storage, layer.data)}.values():

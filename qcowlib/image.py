@@ -440,7 +440,6 @@ class Image(OpenImage):
         if self._closed:
             return
         self._closed = True
-        self._map.fast_read = self._map.fast_write = False
         try:
             if self.mode == "r+":
                 self._runtime.run(self._chain.top.finish())

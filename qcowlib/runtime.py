@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     Protocol = object
 
-__all__ = ["AsyncioRuntime", "Runtime", "SyncRuntime", "WaitQueue", "new_condition"]
+__all__ = ["AsyncioRuntime", "Runtime", "SyncRuntime", "WaitQueue", "new_condition", "pause"]
 
 
 def new_condition() -> threading.Condition:
@@ -39,6 +39,11 @@ def new_condition() -> threading.Condition:
     import threading
 
     return threading.Condition(threading.Lock())
+
+
+def pause() -> None:
+    """Give other threads a moment: for waits that are rare and short, and have nobody to wake them."""
+    time.sleep(0.001)
 
 
 class WaitQueue(Protocol):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,34 @@ def test_many_small_reads_in_one_call(tmp_path: Path) -> None:
             image.preadinto_many(buffer, [SIZE - 999], 1000)
         with pytest.raises(qcowlib.UsageError):
             image.preadinto_many(bytearray(10), [0], 1000)
+
+
+def test_closing_waits_for_readers_and_late_ones_get_an_error(tmp_path: Path) -> None:
+    path, _ = make(tmp_path, "", None, random.Random(1))
+    with qcowlib.open(path, "r+") as image:
+        image.pwrite(b"x" * SIZE, 0)
+    image = qcowlib.open(path)
+    started = threading.Barrier(5)
+    wrong: list[bytes] = []
+
+    def read() -> None:
+        started.wait()
+        while True:
+            try:
+                data = image.pread(SIZE, 0)
+            except qcowlib.Error:
+                return
+            if data != b"x" * SIZE:
+                wrong.append(data[:16])
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    image.close()
+    # A file that gets the same descriptor must not be read in place of the image.
+    with (tmp_path / "other").open("wb+") as other:
+        other.write(b"y" * SIZE)
+        for thread in threads:
+            thread.join()
+    assert wrong == []

@@ -92,9 +92,8 @@ cdef class ChainMap:
             layer = 0
             while layer < self.count:
                 if pos >= self.sizes[layer]:
-                    # Past the end of a shorter layer nothing below it shows.
+                    # Past the end of a shorter layer nothing below it shows; space above it for subclusters does.
                     kind = RUN_HOLE
-                    host = QC_NO_OFFSET
                     layer -= 1 if layer else 0
                     break
                 if part > self.sizes[layer] - pos:
@@ -117,7 +116,7 @@ cdef class ChainMap:
                     part = found
                     if kind != RUN_HOLE:
                         break
-                    if layer + 1 < self.count:
+                    if layer + 1 < self.count and host == QC_NO_OFFSET:
                         hole_until[layer] = pos + part
                 layer += 1
             if layer == self.count:

@@ -456,7 +456,8 @@ cdef class ClusterMap:
             kind[0] = RUN_DATA
         else:
             kind[0] = RUN_HOLE
-        if kind[0] != RUN_HOLE and self.has_data_file and (offset or e & QC_COPIED):
+        # Source: qemu; an offset of 0 in an external data file counts for data, not for zeros.
+        if self.has_data_file and (offset or kind[0] == RUN_DATA):
             if offset != pos - inside:
                 return self._corrupt(5, offset, pos - inside, i)
             host[0] = pos

@@ -154,11 +154,12 @@ class Qcow2Image:
         """Whether data clusters may be holes of the file (blocking).
 
         Source: qemu takes a file for preallocated when clearly more clusters
-        are counted than the file system has given it.
+        are counted than the file system has given it; the image's own file,
+        where the data lie in another one too.
         """
         allocated = _allocated_bytes(self.storage)
-        if allocated is None or self.data is not self.storage:
-            return self.data is not self.storage
+        if allocated is None:
+            return False
         clusters = ceil_div(self.storage.size, self.header.cluster_size)
         given = allocated >> self.header.cluster_bits
         threshold = max(given * 10 // 9, given + 2)

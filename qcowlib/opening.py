@@ -222,6 +222,7 @@ def _open_backing(image: Qcow2Image, options: OpenOptions, top: bool) -> tuple[S
     except Error as error:
         error.message = f"Could not open backing file: {error.message}"
         error.args = (error.message, *error.args[1:])
+        error.path = owner
         raise
     if fmt is None:
         try:

@@ -35,6 +35,7 @@ from .lvm import Lv, Lvm, VgState
 from .metadata_domain import LATEST_VERSION, DomainMetadata, pack_v1, unpack_v1, v1_slot
 from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse
 from .sealed import SealedStore, from_tags, to_tags
+from .wiping import wipe
 from .xlease import ExternalLease, XleaseVolume
 
 if TYPE_CHECKING:
@@ -126,6 +127,20 @@ class BlockDomain:
         """Forget the group after it was changed."""
         self._state = None
         self._entries = None
+
+    def _with(self, volume: str) -> VgState:
+        """Return the group, read once more where it lacks *volume*: another host may have made it."""
+        if check_id(volume, "volume UUID") not in self.state.lvs:
+            self.changed()
+        return self.state
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Whatever LVM made of a command, the group is read anew."""
+        try:
+            yield
+        finally:
+            self.changed()
 
     def retag(self, volumes: Sequence[str], *, add: Sequence[str], remove: Sequence[str]) -> None:
         """Change tags by one command; what is known of the group follows without another report."""
@@ -254,7 +269,8 @@ class BlockDomain:
         return sorted({slot for slot in slots if slot is not None})
 
     def _entry(self, volume: str) -> VolumeEntry:
-        entry = self.entries().get(check_id(volume, "volume UUID"))
+        self._with(volume)
+        entry = self.entries().get(volume)
         if entry is None:
             raise NotFound(f"there is no volume {volume}", path=self._name)
         return entry
@@ -410,7 +426,7 @@ class BlockDomain:
         self.changed()
 
     def size_of(self, volume: str) -> int:
-        return self.state.lv(check_id(volume, "volume UUID")).size
+        return self._with(volume).lv(volume).size
 
     def usage_of(self, volume: str) -> int:
         return self.size_of(volume)
@@ -418,19 +434,18 @@ class BlockDomain:
     def extend(self, token: SpmToken, volume: str, size: int) -> None:
         if self.size_of(volume) < size:
             token.check()
-            self.lvm.extend_volume(self._name, volume, ceil_div(size, MiB))
-            self.changed()
+            with self._changing():
+                self.lvm.extend_volume(self._name, volume, ceil_div(size, MiB))
 
     def reduce(self, token: SpmToken, volume: str, size: int) -> None:
         extent = self.state.vg.extent_size
         if ceil_div(size, extent) * extent < self.size_of(volume):
             token.check()
-            self.lvm.reduce_volume(self._name, volume, ceil_div(size, MiB))
-            self.changed()
+            with self._changing():
+                self.lvm.reduce_volume(self._name, volume, ceil_div(size, MiB))
 
     def open_volume(self, volume: str, *, writable: bool = False) -> Storage:
-        check_id(volume, "volume UUID")
-        return open_logical_volume(self.lvm, self.state, volume, writable=writable)
+        return open_logical_volume(self.lvm, self._with(volume), volume, writable=writable)
 
     def share(self, token: SpmToken, volume: str, image: str) -> None:
         """Nothing: the parent tag of the image's volume says it."""
@@ -447,8 +462,8 @@ class BlockDomain:
         names = [volume for volume in volumes if self.state.lv(volume).writable != writable]
         if names:
             token.check()
-            self.lvm.set_writable(self._name, names, writable)
-            self.changed()
+            with self._changing():
+                self.lvm.set_writable(self._name, names, writable)
 
     def notes(self) -> dict[str, str]:
         live = [name for name, entry in self.entries().items() if not entry.removed and not entry.initializing]
@@ -503,8 +518,8 @@ class BlockDomain:
         if not gone:
             return
         token.check()
-        self.lvm.remove_volumes(self._name, [entry.volume for entry in gone])
-        self.changed()
+        with self._changing():
+            self.lvm.remove_volumes(self._name, [entry.volume for entry in gone])
         # Others leave the text of a deleted volume in its slot; readers take
         # zeros for an empty record.  No volume has got the slot yet.
         for entry in gone:
@@ -540,9 +555,7 @@ class BlockDomain:
     def _wipe(self, token: SpmToken, volume: str) -> None:
         storage = self.open_volume(volume, writable=True)
         try:
-            token.check()
-            storage.zero(0, storage.size)
-            storage.flush()
+            wipe(token, storage)
         finally:
             storage.close()
 

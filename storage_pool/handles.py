@@ -307,17 +307,27 @@ class Disk:
         """Make it larger."""
         volume.extend_capacity(self._context.token, self.home.domain, self.leaf, size)
 
-    def remove(self, *, zero: bool = False) -> None:
-        """Remove it; *zero* overwrites its data first.  Raises: Illegal for a template in use."""
-        volume.remove_volumes(self._context.token, self.home.domain, self.image, self._group().own(), zero=zero)
+    def remove(self, *, zero: bool = False, discard: bool = False) -> None:
+        """Remove it; *zero* overwrites its data first, *discard* gives the blocks back.
+
+        Raises: Illegal for a template in use.
+        """
+        volume.remove_volumes(
+            self._context.token, self.home.domain, self.image, self._group().own(), zero=zero, discard=discard
+        )
 
     # Snapshots
 
-    def snapshot(self) -> str:
-        """Take a snapshot while nobody writes; returns its volume, and a new leaf takes the writes."""
+    def snapshot(self, *, copy_bitmaps: bool = False) -> str:
+        """Take a snapshot while nobody writes; returns its volume, and a new leaf takes the writes.
+
+        With *copy_bitmaps* dirty bitmaps go on in the new leaf.
+        """
         taken = self.leaf
         self.home.require(self.home.thin_start(self.size))
-        snapshot.create_snapshot(self._context.token, self.home.domain, self.image, ctime=self._context.now())
+        snapshot.create_snapshot(
+            self._context.token, self.home.domain, self.image, ctime=self._context.now(), copy_bitmaps=copy_bitmaps
+        )
         return taken
 
     def preview(self, taken: str) -> str:
@@ -363,7 +373,7 @@ class Disk:
             target.domain,
             ctime=self._context.now(),
             description=description,
-            progress=_as_none(progress),
+            progress=progress,
         )
         return Disk(self._context, target, made)
 
@@ -377,7 +387,7 @@ class Disk:
             self.image,
             target.domain,
             ctime=self._context.now(),
-            progress=_as_none(progress),
+            progress=progress,
         )
         return Disk(self._context, target, made)
 
@@ -391,7 +401,7 @@ class Disk:
             self.image,
             target.domain,
             ctime=self._context.now(),
-            progress=_as_none(progress),
+            progress=progress,
         )
         return Disk(self._context, target, made)
 
@@ -404,7 +414,7 @@ class Disk:
             self.image,
             to.domain,
             ctime=self._context.now(),
-            progress=_as_none(progress),
+            progress=progress,
         )
         self.home = to
         return self
@@ -418,7 +428,7 @@ class Disk:
             self.image,
             to.domain,
             ctime=self._context.now(),
-            progress=_as_none(progress),
+            progress=progress,
         )
         return Disk(self._context, to, self.image)
 
@@ -435,19 +445,10 @@ class Disk:
             ctime=self._context.now(),
             new_ids=new_ids,
             flat=flat,
-            progress=_as_none(progress),
+            progress=progress,
         )
         return Disk(self._context, target, made)
 
     def download(self, sink: Writable, *, volume_id: str | None = None, progress: Progress = _silent) -> Received:
         """Write what a guest reads of it to *sink*."""
-        return exchange.download(self.home.domain, self.image, sink, volume=volume_id, progress=_as_none(progress))
-
-
-def _as_none(progress: Progress) -> Callable[[int, int], None]:
-    """Return *progress* with its answer dropped."""
-
-    def told(done: int, total: int) -> None:
-        progress(done, total)
-
-    return told
+        return exchange.download(self.home.domain, self.image, sink, volume=volume_id, progress=progress)

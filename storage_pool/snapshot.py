@@ -30,7 +30,15 @@ __all__ = ["commit_preview", "create_snapshot", "preview", "undo_preview"]
 
 
 def _child(
-    token: SpmToken, group: ImageGroup, parent: str, volume: str | None, capacity: int | None, ctime: int
+    token: SpmToken,
+    group: ImageGroup,
+    parent: str,
+    volume: str | None,
+    capacity: int | None,
+    ctime: int,
+    *,
+    copy_bitmaps: bool = False,
+    new_bitmap: str | None = None,
 ) -> str:
     domain, record = group.domain, group.records[parent]
     name = volume or make_id()
@@ -45,17 +53,29 @@ def _child(
         record.description,
         # One more than any volume of the image has, also beside a preview.
         sequence=1 + max(other.sequence for other in group.records.values() if other.image == group.image),
+        copy_bitmaps=copy_bitmaps,
+        new_bitmap=new_bitmap,
     )
     create_volume(token, domain, spec, ctime)
     return name
 
 
 def create_snapshot(
-    token: SpmToken, domain: Domain, image: str, *, volume: str | None = None, capacity: int | None = None, ctime: int
+    token: SpmToken,
+    domain: Domain,
+    image: str,
+    *,
+    volume: str | None = None,
+    capacity: int | None = None,
+    ctime: int,
+    copy_bitmaps: bool = False,
+    new_bitmap: str | None = None,
 ) -> str:
     """Take a snapshot of a disk that nobody writes; returns the new leaf.
 
     The present leaf is the snapshot.  *capacity* may make the disk larger.
+    *copy_bitmaps* lets its dirty bitmaps go on in the new leaf, each empty;
+    *new_bitmap* begins one.
 
     Raises: Illegal during a preview, MetadataError for a broken chain.
     """
@@ -64,7 +84,7 @@ def create_snapshot(
         raise Illegal(f"the image {image} is previewed", path=domain.name, hint="Commit or undo the preview first.")
     leaf = group.leaf()
     group.chain(leaf)
-    return _child(token, group, leaf, volume, capacity, ctime)
+    return _child(token, group, leaf, volume, capacity, ctime, copy_bitmaps=copy_bitmaps, new_bitmap=new_bitmap)
 
 
 def preview(

@@ -12,11 +12,11 @@ ILLEGAL meanwhile, and its generation tells whether the job ended.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import qcowlib
-from qcowlib.errors import GateDenied, UnsupportedFeature, printable
+from qcowlib.errors import GateDenied, printable
 from qcowlib.qcow2.create import CreateOptions, create, create_raw
 from qcowlib.units import round_up
 
@@ -26,6 +26,7 @@ from .errors import Illegal, IllegalSpec, IllegalSpecKind, MetadataError, NotFou
 from .ids import BLANK, check_id, is_id
 from .metadata_volume import COW, PREALLOCATED, RAW, SHARED, SPARSE, VolumeMetadata
 from .sizes import PAGE, capacity_for, file_initial_size, lv_size, new_lv_size
+from .wiping import give_back, wipe
 
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
@@ -74,7 +75,7 @@ class VolumeSpec(NamedTuple):
     legality: str = mv.LEGAL
     sequence: int | None = None
     copy_bitmaps: bool = False
-    new_bitmap: bool = False
+    new_bitmap: str | None = None
 
 
 def check_spec(spec: VolumeSpec, *, block: bool, version: int) -> None:
@@ -160,8 +161,6 @@ def create_volume(
     NoSpace, LvmError, StorageError.
     """
     check_spec(spec, block=domain.block, version=domain.metadata.version)
-    if spec.copy_bitmaps or spec.new_bitmap:
-        raise UnsupportedFeature("making bitmaps with a volume is not supported")
     check_id(spec.image, "image UUID")
     check_id(spec.volume, "volume UUID")
     parent = _parent_record(domain, spec)
@@ -192,6 +191,8 @@ def create_volume(
     domain.allocate(token, spec.image, spec.volume, size, note)
     try:
         _format(domain, record, spec.volume, parent)
+        if spec.copy_bitmaps or spec.new_bitmap:
+            _add_bitmaps(domain, spec, parent)
         if parent is not None:
             _adopt(token, domain, spec, parent)
         domain.publish(token, spec.volume, record)
@@ -242,6 +243,24 @@ def _format(domain: Domain, record: VolumeMetadata, volume: str, parent: VolumeM
                 storage.flush()
     finally:
         storage.close()
+
+
+def _add_bitmaps(domain: Domain, spec: VolumeSpec, parent: VolumeMetadata | None) -> None:
+    """Give a new image the bitmap asked for, and empty ones like the good ones of its parent."""
+    names: dict[str, int | None] = {spec.new_bitmap: None} if spec.new_bitmap else {}
+    if spec.copy_bitmaps:
+        if parent is None or parent.format != COW or parent.image != spec.image:
+            raise IllegalSpec("bitmaps are copied from a COW parent of the same image", kind=IllegalSpecKind.BITMAPS)
+        with open_image(domain, spec.parent, backing=False) as image:
+            # What is disabled or was not saved cannot go on recording.
+            good = {one.name: one.granularity for one in image.bitmaps() if one.enabled and not one.inconsistent}
+        names = {**good, **names}
+    with (
+        closing(domain.open_volume(spec.volume, writable=True)) as storage,
+        qcowlib.open(storage, "r+", format="qcow2", backing=False) as image,
+    ):
+        for name, granularity in names.items():
+            image.add_bitmap(name, granularity)
 
 
 def image_options(domain: Domain, record: VolumeMetadata, parent: VolumeMetadata | None) -> CreateOptions:
@@ -458,9 +477,16 @@ def sync_capacity(token: SpmToken, domain: Domain, volume: str) -> VolumeMetadat
 
 
 def remove_volumes(
-    token: SpmToken, domain: Domain, image: str, volumes: list[str], *, zero: bool = False, force: bool = False
+    token: SpmToken,
+    domain: Domain,
+    image: str,
+    volumes: list[str],
+    *,
+    zero: bool = False,
+    discard: bool = False,
+    force: bool = False,
 ) -> None:
-    """Remove volumes of an image; *zero* overwrites their data before they go.
+    """Remove volumes of an image; *zero* overwrites their data before they go, *discard* gives the blocks back.
 
     One volume disappears in one step, then its space is given back; a cut
     leaves a leftover to sweep.  Several are noted first and become ILLEGAL,
@@ -481,6 +507,10 @@ def remove_volumes(
     if zero:
         for volume in volumes:
             zero_from(token, domain, volume, 0, allocate=True)
+    if discard and domain.block:
+        for volume in volumes:
+            with closing(domain.open_volume(volume, writable=True)) as storage:
+                give_back(token, storage)
     domain.purge(token, image)
     for parent in sorted({record.parent for record in records.values()} - going - {BLANK}):
         try:
@@ -546,10 +576,5 @@ def _removable(domain: Domain, volume: str, going: set[str], force: bool) -> Vol
 
 def zero_from(token: SpmToken, domain: Domain, volume: str, start: int, *, allocate: bool = False) -> None:
     """Overwrite the bytes of a volume from *start* on."""
-    storage = domain.open_volume(volume, writable=True)
-    try:
-        token.check()
-        storage.zero(start, storage.size - start, allocate=allocate)
-        storage.flush()
-    finally:
-        storage.close()
+    with closing(domain.open_volume(volume, writable=True)) as storage:
+        wipe(token, storage, start, allocate=allocate)

@@ -64,6 +64,7 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     remove = add("remove", _remove, "remove a volume")
     remove.add_argument("volume")
     remove.add_argument("--zero", action="store_true", help="overwrite its data first")
+    remove.add_argument("--discard", action="store_true", help="give its blocks back to the storage below")
     add = verbs_of("image", "whole disks")
     show = add("show", _show, "show the chain of a disk and what is wrong with it")
     show.add_argument("image")
@@ -75,6 +76,7 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     drop = add("remove", _remove_image, "remove a disk")
     drop.add_argument("image")
     drop.add_argument("--zero", action="store_true", help="overwrite its data first")
+    drop.add_argument("--discard", action="store_true", help="give its blocks back to the storage below")
     add_image_verbs(add)
     template = verbs_of("template", "templates")("create", _template, "make a template of what a disk reads as")
     template.add_argument("image")
@@ -147,14 +149,16 @@ def _extend(arguments: argparse.Namespace, output: Output) -> int:
 def _remove(arguments: argparse.Namespace, output: Output) -> int:
     with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
         image = domain.record(arguments.volume).image
-        volume.remove_volumes(token, domain, image, [arguments.volume], zero=arguments.zero)
+        volume.remove_volumes(token, domain, image, [arguments.volume], zero=arguments.zero, discard=arguments.discard)
     return 0
 
 
 def _remove_image(arguments: argparse.Namespace, output: Output) -> int:
     with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
         group = image_group.ImageGroup.load(domain, arguments.image)
-        volume.remove_volumes(token, domain, arguments.image, group.own(), zero=arguments.zero)
+        volume.remove_volumes(
+            token, domain, arguments.image, group.own(), zero=arguments.zero, discard=arguments.discard
+        )
     return 0
 
 

@@ -71,5 +71,36 @@ def add_refcount(uint8_t[::1] block not None, uint64_t index, unsigned int order
     return value + 1
 
 
+def convert_refcounts(const uint8_t[::1] source not None, unsigned int order, uint8_t[::1] target not None,
+                      uint64_t first, unsigned int new_order):
+    """Store all refcounts of *source*, 2**order bits each, from refcount *first* of *target* on.
+
+    Returns the number of the first one that its new width cannot hold and its
+    value, or None.  Raises: IndexError past the end of *target*.
+    """
+    cdef uint64_t i = 0
+    cdef uint64_t value = 0
+    cdef uint64_t count = (<uint64_t>source.shape[0] * 8) >> order
+    cdef uint64_t size = (<uint64_t>table_bits(target)) >> new_order
+    cdef uint64_t most = UINT64_MAX if new_order >= 6 else ((<uint64_t>1) << ((<uint64_t>1) << new_order)) - 1
+    cdef const uint8_t *p
+    cdef uint8_t *q
+    if first > size or count > size - first:
+        raise IndexError("refcounts past the end of the block")
+    if count == 0:
+        return None
+    p = &source[0]
+    q = &target[0]
+    with nogil:
+        while i < count:
+            value = qc_get_refcount(p, i, order)
+            if value > most:
+                break
+            if value:
+                qc_set_refcount(q, first + i, new_order, value)
+            i += 1
+    return None if i == count else (i, value)
+
+
 cdef inline uint64_t table_bits(uint8_t[::1] block) noexcept:
     return <uint64_t>block.shape[0] * 8

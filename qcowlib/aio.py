@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from qcowlib.info import ImageInfo
     from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
+    from qcowlib.qcow2.amend import AmendOptions
     from qcowlib.qcow2.bitmap import Bitmap
     from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.check import Report
@@ -172,6 +173,11 @@ class Image(OpenImage):
         if not isinstance(self._chain.writer, Writer):
             raise UnsupportedFeature("raw images have no snapshots", path=self.path)
         return self._chain.writer
+
+    async def amend(self, options: AmendOptions, progress: Callable[[int, int], object] | None = None) -> None:
+        """Change creation options; *progress* is called on the loop."""
+        self._check(writing=True)
+        await self._chain.amend(options, progress)
 
     # -- persistent dirty bitmaps ----------------------------------------------
 

@@ -21,10 +21,11 @@ from qcowlib.runtime import pause
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Final
 
     from qcowlib.ondisk import BitmapEntry
+    from qcowlib.qcow2.amend import AmendOptions
     from qcowlib.qcow2.bitmap import Bitmap
     from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.create import Preallocation
@@ -255,6 +256,16 @@ class Chain:
 
         below = self.layers[1].size if len(self.layers) > 1 else 0
         await resize(writer, size, backing_size=below, refresh=self.refresh, preallocation=preallocation, shrink=shrink)
+
+    async def amend(self, options: AmendOptions, progress: Callable[[int, int], object] | None) -> None:
+        """Change creation options of the top layer."""
+        from qcowlib.qcow2.amend import amend
+        from qcowlib.qcow2.write import Writer
+
+        if not isinstance(self.writer, Writer):
+            raise UnsupportedFeature("Format driver 'raw' does not support option amendment")
+        below = self.layers[1].size if len(self.layers) > 1 else 0
+        await amend(self.writer, options, backing_size=below, refresh=self.refresh, progress=progress)
 
     # -- persistent bitmaps ----------------------------------------------------
 

@@ -9,7 +9,7 @@ decided here.  Any number of threads may use one image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from qcowlib.chain import Chain
 from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET, SPARSE, ZERO, Extent
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qcowlib.info import ImageInfo
     from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
+    from qcowlib.qcow2.amend import AmendOptions
     from qcowlib.qcow2.bitmap import Bitmap
     from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.check import Report
@@ -299,6 +300,15 @@ class Image(OpenImage):
         self._check_open()
         if self.mode == "r+":
             self._runtime.run(self._chain.flush())
+
+    def amend(self, options: AmendOptions, progress: Callable[[int, int], object] | None = None) -> None:
+        """Change creation options (:class:`~qcowlib.qcow2.amend.AmendOptions`); durable when this returns.
+
+        *progress* is called with ``(done, total)`` and must not use the image.
+        Raises: UsageError with qemu's words, UnsupportedFeature for raw, SecretError, StorageError.
+        """
+        self._check_writable()
+        self._runtime.run(self._chain.amend(options, progress))
 
     # -- persistent dirty bitmaps ----------------------------------------------
 

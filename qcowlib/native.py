@@ -8,7 +8,7 @@ contract sees one edge, and what the engine needs of the core is this list.
 
 from __future__ import annotations
 
-from qcowlib._build import add_refcount, count_refcounts, fill_entries
+from qcowlib._build import add_refcount, convert_refcounts, count_refcounts, fill_entries
 from qcowlib._chain import ChainMap
 from qcowlib._cluster import (
     BAD_COMPRESSED_DATA_FILE,
@@ -86,6 +86,7 @@ __all__ = [
     "codec_decompress_many",
     "codec_load",
     "codec_zstd_version",
+    "convert_refcounts",
     "count_refcounts",
     "crypt_load",
     "data_clusters",

@@ -308,6 +308,14 @@ class BitmapSession:
             await self._drop(space, entry)
             await self._publish(space, [other for other in self.entries if other is not entry])
 
+    async def remove_all(self) -> None:
+        """Delete every bitmap."""
+        async with self._structural() as space:
+            for entry in self.entries:
+                await self._drop(space, entry)
+            if self.image.header.bitmaps is not None:
+                await self._publish(space, [])
+
     async def _drop(self, space: _Space, entry: BitmapEntry) -> None:
         image = self.image
         space.drop_range(entry.table_offset, 8 * entry.table_size)

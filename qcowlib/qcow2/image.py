@@ -268,10 +268,14 @@ class Qcow2Image:
             await writeback.barrier()
 
     def reload(self) -> None:
-        """Start again from what is on storage (blocking); somebody else repaired it."""
+        """Start again from what is on storage (blocking): it was repaired, or has another version or refcount width."""
         fresh = read_header(self.storage, writable=self.writable)
         for name in Header.__slots__:
             setattr(self.header, name, getattr(fresh, name))
+        if self.cmap.old_version != (self.header.version == 2):
+            self.cmap = self.tables.cmap = make_map(self.header, self.cmap.slot_count << self.header.cluster_bits)
+            if self.chain_map is not None:
+                self.chain_map.replace_map(0, self.cmap)
         self._load_l1(self.snapshot)
         self.reader.forget()
         self.writeback = self.allocator = None

@@ -231,6 +231,15 @@ class Writeback:
         await self.barrier()
         self.dirty_set = self.dirty_tried = False
 
+    async def write_fields(self, start: int, end: int) -> None:
+        """Write header bytes *start* to *end*, inside the first sector, durably; a failure is final."""
+        try:
+            await self._write(self.storage, start, self.header.pack_fields()[start:end])
+        except StorageError as error:
+            self._fail(error)
+            raise
+        await self.barrier()
+
     async def replace_header(self) -> None:
         """Write the whole header area, durably; everything else is committed and nobody is writing.
 

@@ -539,6 +539,10 @@ class BlockDomain:
         for name in sorted(self.state.lvs):
             if is_id(name) and name not in entries:
                 found.append(Leftover("unknown volume", name, "a logical volume without the tags of a volume; kept"))
+            elif (twin := layout.twin_of(name)) is not None:
+                # While a note tells of its merge it is that one's to end.
+                if not any(twin in note for note in self.notes().values()):
+                    found.append(Leftover("unfinished merge", name, "a merged volume without a note of its merge"))
             elif not is_id(name) and name not in layout.SPECIAL_VOLUMES:
                 found.append(Leftover("unknown volume", name, "a logical volume that is no part of a domain; kept"))
         return found
@@ -551,6 +555,11 @@ class BlockDomain:
             if entry.zeroing:
                 self._wipe(token, entry.volume)
         self._remove(token, [entry for entry in entries if entry.removed or entry.initializing])
+        twins = [name for name in names if layout.twin_of(name) is not None and name in self.state.lvs]
+        if twins:
+            token.check()
+            self.lvm.remove_volumes(self._name, twins)
+            self.changed()
 
     def _wipe(self, token: SpmToken, volume: str) -> None:
         storage = self.open_volume(volume, writable=True)

@@ -15,6 +15,7 @@ from .block_group import repair_mapping
 from .domain import Domain, Leftover
 from .image_group import Finding, ImageGroup, findings, repair
 from .merge import recover_merges
+from .merge_swap import recover_swaps
 from .transfer import recover_copies
 from .volume import recover_removals
 
@@ -66,6 +67,7 @@ def recover(token: SpmToken, domain: Domain) -> list[str]:
     domain.refresh()
     noted = sorted(domain.notes())
     recover_merges(token, domain)
+    recover_swaps(token, domain)
     recover_copies(token, domain)
     recover_removals(token, domain)
     return noted

@@ -14,22 +14,26 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import qcowlib
-from qcowlib.driver import COMPRESSED, DATA, HOLE
+from qcowlib.driver import COMPRESSED, DATA, HOLE, ZERO
 from qcowlib.jobs.copy import Copier
+from qcowlib.jobs.measure import measure
 from qcowlib.jobs.pipeline import Control, run
 from qcowlib.jobs.plan import BACKING, COPY, ZEROS, Plan, Run, Source
 from qcowlib.jobs.targets import ImageTarget, RawTarget
 from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.units import round_down, round_up
 
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["Progress", "copy_disk", "copy_layers", "no_progress"]
+__all__ = ["Progress", "copy_disk", "copy_layers", "layers_size", "no_progress"]
 
 Progress = Callable[[int, int], object]
 
 #: Zeros of this many bytes in data are not written where the target reads as zeros.
 _ZERO_UNIT = 4096
+#: Cluster size of the images that domains hold.
+_CLUSTER = 65536
 
 
 def no_progress(done: int, total: int) -> None:
@@ -110,3 +114,20 @@ def copy_layers(
     with all its layers; a layer that was opened alone has nothing to hide.
     """
     _carry_out(token, _LayersPlan(source, depth, below), target, unit=0, progress=progress)
+
+
+def layers_size(image: qcowlib.Image, depth: int, *, zeros: bool = False) -> int:
+    """Return the bytes that a new COW image needs for what the first *depth* layers of *image* hold.
+
+    With *zeros* ranges that read as zeros count as data.
+    """
+    used = end = offset = 0
+    kinds = (DATA, COMPRESSED, ZERO) if zeros else (DATA, COMPRESSED)
+    while offset < image.size:
+        for kind, guest, length, _, layer in image.map(offset, image.size - offset):
+            offset = guest + length
+            if layer < depth and kind in kinds:
+                start = max(end, round_down(guest, _CLUSTER))
+                end = max(end, round_up(offset, _CLUSTER))
+                used += end - start
+    return measure(image.size).required + used

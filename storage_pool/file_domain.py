@@ -546,6 +546,10 @@ class FileDomain:
                     found.append(Leftover("unfinished volume", path, "a creation or removal that did not end"))
                 elif name.endswith((_LEASE, _NOTE)) and volume + _META not in names:
                     found.append(Leftover("unfinished volume", path, "what a volume that is not there would have"))
+                elif (twin := layout.twin_of(name)) is not None:
+                    # While a note tells of its merge it is that one's to end.
+                    if not any(twin in note for note in self.notes().values()):
+                        found.append(Leftover("unfinished merge", path, "a merged volume without a note of its merge"))
                 elif name.endswith(_META) and volume not in names:
                     found.append(Leftover("broken volume", path, "a record without its volume; kept"))
         return found
@@ -555,7 +559,7 @@ class FileDomain:
             token.check()
             if leftover.kind == "removed image":
                 self._root.remove_tree(leftover.name)
-            elif leftover.kind in ("new file", "unfinished volume"):
+            elif leftover.kind in ("new file", "unfinished volume", "unfinished merge"):
                 self._root.unlink(leftover.name, missing_ok=True)
         self._listing = None
 

@@ -44,6 +44,7 @@ __all__ = [
     "removed_image",
     "slot_offset",
     "special_volumes",
+    "twin_of",
     "volume_tags",
 ]
 
@@ -55,6 +56,8 @@ META_SUFFIX: Final = ".meta"
 LEASE_SUFFIX: Final = ".lease"
 NEW_SUFFIX: Final = ".new"
 REMOVED_PREFIX: Final = "_remove_me_"
+#: Of a merged volume before it takes the place of the one it is called after.
+TWIN_SUFFIX: Final = "_MERGE"
 #: Bytes of a mailbox volume: 4096 for each of 250 hosts, in whole MiB.
 MAILBOX_SIZE: Final = 16 * MiB
 MAILBOX_ZEROED: Final = 250 * 4096
@@ -213,6 +216,12 @@ def check_note(note: str) -> str:
 def note_of(tags: Iterable[str]) -> str | None:
     """Return the note among *tags*."""
     return next((tag[len(TAG_NOTE) :] for tag in sorted(tags) if tag.startswith(TAG_NOTE)), None)
+
+
+def twin_of(name: str) -> str | None:
+    """Return the volume whose twin, or whose replaced bytes, are called *name*, else ``None``."""
+    bare = name.removesuffix(TWIN_SUFFIX).removeprefix(REMOVED_PREFIX)
+    return bare if is_id(bare) and name in (bare + TWIN_SUFFIX, REMOVED_PREFIX + bare) else None
 
 
 def removed_image(name: str) -> str | None:

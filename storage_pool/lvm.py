@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from .errors import InvalidName, LvmError, NoSpace, NotFound, printable
 from .ids import is_id
-from .layout import SPECIAL_VOLUMES
+from .layout import SPECIAL_VOLUMES, twin_of
 from .process import Completed, ProcessRunner
 
 __all__ = ["Lv", "LvSegment", "Lvm", "LvmHost", "Placement", "Pv", "Vg", "VgState"]
@@ -237,7 +237,7 @@ def _check_tags(tags: Iterable[str]) -> list[str]:
 
 
 def _check_lv(name: str) -> str:
-    if name not in SPECIAL_VOLUMES and not is_id(name):
+    if name not in SPECIAL_VOLUMES and not is_id(name) and twin_of(name) is None:
         raise InvalidName(f"not the name of a volume: '{printable(name[:64])}'")
     return name
 

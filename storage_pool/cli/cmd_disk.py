@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qcowlib.cli.values import parse_size
 from qcowlib.units import human_size
-from storage_pool import image_group, merge, snapshot, transfer, volume
+from storage_pool import image_group, merge, merge_swap, snapshot, transfer, volume
 from storage_pool.cli.cmd_exchange import add_image_verbs
 from storage_pool.cli.hosting import now, open_domain, take_token
 from storage_pool.cli.output import Output
@@ -94,6 +94,9 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
         parser = add(verb, run, text)
         parser.add_argument("image")
         parser.add_argument("volume")
+        if verb == "delete":
+            text = "merge it with its child instead, into a new volume that takes the child's name"
+            parser.add_argument("--by-renames", action="store_true", help=text)
 
 
 def _answer(output: Output, **values: object) -> int:
@@ -234,5 +237,8 @@ def _commit(arguments: argparse.Namespace, output: Output) -> int:
 
 def _delete(arguments: argparse.Namespace, output: Output) -> int:
     with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
-        base = merge.merge(token, domain, arguments.image, arguments.volume)
-    return _answer(output, merged_into=base)
+        if arguments.by_renames:
+            made = merge_swap.merge_by_swap(token, domain, arguments.image, arguments.volume)
+        else:
+            made = merge.merge(token, domain, arguments.image, arguments.volume)
+    return _answer(output, merged_into=made)

@@ -22,6 +22,7 @@ from storage_pool.domain import Domain
 
 __all__ = ["Killed", "KillingDomain", "killed_child"]
 
+_PROGRAM = "subprocess.Popen"
 #: Events of Python's audit that change something outside the process.
 _STEPS = frozenset(
     {
@@ -33,7 +34,7 @@ _STEPS = frozenset(
         "os.rename",
         "os.rmdir",
         "os.truncate",
-        "subprocess.Popen",
+        _PROGRAM,
     }
 )
 _WRITES = ("write", "zero", "discard", "resize", "flush")
@@ -96,9 +97,10 @@ class KillingDomain:
         return open_volume
 
 
-def killed_child(step: int, call: Callable[[], object]) -> bool:
+def killed_child(step: int, call: Callable[[], object], *, programs: bool = False) -> bool:
     """Run *call* in a child process that is killed (SIGKILL) before its step number *step*, from 0.
 
+    With *programs* only the start of a program that is no report is a step.
     Returns whether it was killed; ``False`` when it ended before.
 
     Raises: AssertionError when *call* raised; its traceback is on standard error.
@@ -107,7 +109,7 @@ def killed_child(step: int, call: Callable[[], object]) -> bool:
     if child == 0:
         status = _FAILED
         try:
-            _die_at(step)
+            _die_at(step, programs)
             call()
             status = 0
         except BaseException:
@@ -122,7 +124,7 @@ def killed_child(step: int, call: Callable[[], object]) -> bool:
     return False
 
 
-def _die_at(step: int) -> None:
+def _die_at(step: int, programs: bool) -> None:
     """Let this process die before its step number *step*; there is no way back."""
     done = 0
 
@@ -133,7 +135,7 @@ def _die_at(step: int) -> None:
         done += 1
 
     def audit(event: str, arguments: tuple[object, ...]) -> None:
-        if event in _STEPS:
+        if event in _STEPS and not (programs and (event != _PROGRAM or "fullreport" in str(arguments))):
             count()
 
     def counted(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,6 +146,8 @@ def _die_at(step: int) -> None:
         return call
 
     sys.addaudithook(audit)
+    if programs:
+        return
     for name in _WRITES:
         setattr(FileStorage, name, counted(getattr(FileStorage, name)))
     os.fsync = counted(os.fsync)

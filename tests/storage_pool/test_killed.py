@@ -6,6 +6,7 @@ Invariant: L6.  After recovery the domain is clean and in the old or in the
 new state, and every disk reads what it read before or what it was to read.
 """
 
+import functools
 import itertools
 import os
 
@@ -15,6 +16,7 @@ from qcowlib.storage.file import FileStorage
 from storage_pool import check
 from storage_pool import image_group as ig
 from storage_pool import merge as mg
+from storage_pool import merge_swap as ms
 from storage_pool import snapshot as sn
 from storage_pool import transfer as tr
 from storage_pool import upgrade as up
@@ -27,8 +29,6 @@ KIB = 1 << 10
 MIB = 1 << 20
 SIZE = MIB
 CTIME = 1617235200
-#: Every how many steps a child is killed on a volume group, where each costs LVM commands.
-STRIDE = max(1, 7 // int(os.environ.get("QCOWLIB_LONG", "1")))
 
 pytestmark = [pytest.mark.crash, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 
@@ -153,6 +153,25 @@ def test_op21_a_merge_killed_at_every_step(file_domain, again, token, version, p
     assert every_step(again(domain), lambda d: mg.merge(token, d, image, volumes[position]), judge, token) > 40
 
 
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("fmt", ["RAW", "COW"])
+@pytest.mark.parametrize("version", [0, 5])
+def test_op21_a_merge_by_renames_killed_at_every_step(file_domain, again, token, version, position, fmt):
+    domain = file_domain(version)
+    image, volumes = make_disk(domain, token, 3, format=fmt)
+    before = disks(domain)[volumes[2]]
+    old, new = tuple(volumes[::-1]), tuple(name for name in volumes[::-1] if name != volumes[position])
+
+    def judge(domain, step, ended):
+        assert chains(domain) == [new] or (chains(domain) == [old] and not ended), step
+        assert set(disks(domain).values()) == {before}, step
+        if ended:
+            merged = domain.record(volumes[position + 1])
+            assert (merged.format, merged.generation) == (fmt if position == 0 else "COW", 1)
+
+    assert every_step(again(domain), lambda d: ms.merge_by_swap(token, d, image, volumes[position]), judge, token) > 40
+
+
 @pytest.mark.parametrize("collapsed", [False, True], ids=["chain", "template"])
 def test_op10_op21_a_copy_killed_at_every_step_is_there_or_not(file_domain, again, token, collapsed):
     """A target that is not complete is ILLEGAL and noted, and mending removes it."""
@@ -231,3 +250,69 @@ def test_op21_an_upgrade_killed_at_every_step(file_domain, again, token, start, 
             assert domain.read_record(volume) == record.to_bytes(end), step
 
     assert every_step(again(domain), lambda d: up.upgrade(token, d, end, ctime=CTIME), judge, token) > 5
+
+
+# Volume groups: what differs is what LVM's commands do, each of which is one commit.
+
+
+def merge_down(domain, token, image, volumes):
+    mg.merge(token, domain, image, volumes[1])
+
+
+def merge_renaming(domain, token, image, volumes):
+    ms.merge_by_swap(token, domain, image, volumes[0])
+
+
+def copy(domain, token, image, volumes):
+    tr.copy_image(token, domain, image, domain, ctime=CTIME)
+
+
+def template(domain, token, image, volumes):
+    tr.make_template(token, domain, image, domain, ctime=CTIME)
+
+
+def remove(domain, token, image, volumes):
+    vol.remove_volumes(token, domain, image, volumes)
+
+
+def snapshot(domain, token, image, volumes):
+    sn.create_snapshot(token, domain, image, ctime=CTIME)
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+@pytest.mark.parametrize("version", [2, 5])
+@pytest.mark.parametrize(
+    ("act", "least", "change"),
+    [
+        (snapshot, 2, 1),
+        (merge_down, 4, -1),
+        (merge_renaming, 8, -1),
+        (copy, 5, 2),
+        (template, 3, 1),
+        (remove, 3, -2),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_op21_killed_before_every_command_of_lvm(block_domain, token, act, least, change, version):
+    domain = block_domain(version)
+    for step in itertools.count():
+        image, volumes = make_disk(domain, token, 3 if act in (merge_down, merge_renaming) else 2)
+        before, old = content(domain, volumes[-1]), set(domain.entries())
+        doing = functools.partial(act, domain, token, image, volumes)
+        killed = killed_child(step, doing, programs=True)
+        domain.refresh()
+        if killed:
+            killed_child(step % 3, lambda: check.mend(token, domain), programs=True)
+            domain.refresh()
+            report = check.mend(token, domain)
+            assert report.clean, (step, report)
+        new = set(domain.entries())
+        # Whatever there is reads as the disk, and there is the old or the new.
+        assert set(disks(domain).values()) <= {before}, step
+        assert len(new) == change + len(old) or (killed and new == old), step
+        for kept in {domain.record(volume).image for volume in new}:
+            group = ig.ImageGroup.load(domain, kept)
+            vol.remove_volumes(token, domain, kept, group.own(), force=True)
+        if not killed:
+            break
+    assert step >= least

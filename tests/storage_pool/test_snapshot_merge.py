@@ -11,11 +11,13 @@ import pytest
 
 from storage_pool import image_group as ig
 from storage_pool import merge as mg
+from storage_pool import merge_swap as ms
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
-from storage_pool.errors import Illegal, MetadataError, NotFound
+from storage_pool.errors import Illegal, MetadataError, NotFound, UnsupportedVersion
 from storage_pool.ids import make_id
 from storage_pool.testing.killing import Killed, KillingDomain
+from storage_pool.twin import make_twin
 
 MIB = 1 << 20
 SIZE = 128 * MIB
@@ -151,6 +153,94 @@ def test_a_raw_logical_volume_that_grows_by_merge_shows_no_old_data(block_domain
     with vol.open_image(domain, base) as grown:
         assert grown.size == 3 * SIZE
         assert not any(any(grown.pread(8192, at)) for at in range(SIZE, 3 * SIZE, 32 * MIB))
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("options", [{"format": "RAW", "type": "PREALLOCATED"}, {"format": "COW"}], ids=["raw", "cow"])
+def test_a_merge_by_renames_keeps_the_disk_the_name_of_the_child_and_its_lease(make_domain, token, position, options):
+    """VDSM of 2019 left the lease of the merged volume under another name; ours stays."""
+    domain = make_domain(3)
+    image, volumes, expected = chain_of(domain, token, 3, **options)
+    top = volumes[position + 1]
+    assert ms.merge_by_swap(token, domain, image, volumes[position]) == top
+    left = [volume for volume in volumes if volume != volumes[position]]
+    assert ig.ImageGroup.load(domain, image).chain() == left[::-1]
+    assert reads(domain, left[-1]) == expected
+    record = domain.record(top)
+    assert (record.legality, record.generation) == ("LEGAL", 1)
+    assert record.format == (options["format"] if position == 0 else "COW")
+    assert domain.lease_name(top) == top
+    assert clean(domain, image)
+
+
+def test_a_merge_by_renames_of_a_larger_child_and_over_a_template(make_domain, token):
+    domain = make_domain()
+    _, template = new_disk(domain, token)
+    vol.update_volume(token, domain, template, role="SHARED")
+    image, base = new_disk(domain, token, parent=template)
+    expected = {}
+    scribble(domain, base, 1, expected)
+    top = sn.create_snapshot(token, domain, image, capacity=2 * SIZE, ctime=CTIME)
+    scribble(domain, top, 2, expected)
+    ms.merge_by_swap(token, domain, image, base)
+    assert ig.ImageGroup.load(domain, image).chain() == [top, template]
+    assert reads(domain, top) == full(expected) and clean(domain, image)
+    with vol.open_image(domain, top) as grown:
+        assert grown.size == 2 * SIZE and grown.pread(CLUSTER, 2 * SIZE - CLUSTER) == bytes(CLUSTER)
+
+
+def test_a_merge_by_renames_that_fails_is_taken_back(file_domain, token, monkeypatch):
+    domain = file_domain()
+    image, volumes, expected = chain_of(domain, token, 3)
+
+    def fail(*arguments, **options):
+        raise OSError
+
+    monkeypatch.setattr(ms, "copy_disk", fail)
+    with pytest.raises(OSError):
+        ms.merge_by_swap(token, domain, image, volumes[0])
+    assert ig.ImageGroup.load(domain, image).chain() == volumes[::-1]
+    assert reads(domain, volumes[2]) == expected and clean(domain, image)
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+def test_a_merge_by_renames_is_refused_on_v1_block_domains(block_domain, token):
+    domain = block_domain(0)
+    image, volumes, expected = chain_of(domain, token, 2)
+    with pytest.raises(UnsupportedVersion):
+        ms.merge_by_swap(token, domain, image, volumes[0])
+    assert reads(domain, volumes[1]) == expected and clean(domain, image)
+
+
+def test_a_merge_by_renames_is_refused_for_a_leaf_and_two_children(file_domain, token):
+    domain = file_domain(0)
+    image, volumes, _ = chain_of(domain, token, 2)
+    with pytest.raises(Illegal, match="0 children"):
+        ms.merge_by_swap(token, domain, image, volumes[1])
+    with pytest.raises(NotFound):
+        ms.merge_by_swap(token, domain, image, make_id())
+    sn.preview(token, domain, image, volumes[0], ctime=CTIME)
+    with pytest.raises(Illegal, match="2 children"):
+        ms.merge_by_swap(token, domain, image, volumes[0])
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+def test_a_merged_volume_has_the_size_that_its_data_need(block_domain, token):
+    domain = block_domain()
+    image, volumes, _ = chain_of(domain, token, 3, capacity=20 << 30)
+    ms.merge_by_swap(token, domain, image, volumes[0])
+    assert [domain.size_of(volume) for volume in volumes[1:]] == [128 * MIB, 2560 * MIB]
+    ms.merge_by_swap(token, domain, image, volumes[1])
+    assert domain.size_of(volumes[2]) == (128 + 2560) * MIB
+
+
+def test_twins_without_a_note_are_leftovers(make_domain, token):
+    domain = make_domain()
+    image, volumes, _ = chain_of(domain, token, 1)
+    make_twin(token, domain, volumes[0], 1)
+    assert [left.kind for left in domain.leftovers()] == ["unfinished merge"]
+    domain.sweep(token, domain.leftovers())
+    assert clean(domain, image)
 
 
 @pytest.mark.real("lvm", "losetup", "mke2fs")

@@ -1,0 +1,139 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""A second set of bytes for a volume, made beside it, that takes its place by renames.
+
+The twin of volume V is called ``V_MERGE``, what it replaced ``_remove_me_V``;
+older hosts used the same names.  Neither is a volume to any reader: a file
+without a record, a logical volume with the tag of unfinished ones.
+
+Invariant: V's lease and slot stay V's, under V's name.  :func:`swap_twin` may
+be cut at any point and called again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qcowlib.units import MiB, ceil_div
+
+from . import layout
+from .block_domain import BlockDomain, open_logical_volume
+from .domain import Domain
+from .errors import NotFound, UnsupportedVersion
+from .file_domain import FileDomain
+from .ids import check_id
+
+if TYPE_CHECKING:
+    from qcowlib.storage.base import Storage
+
+    from .token import SpmToken
+
+__all__ = ["check_twins", "drop_twin", "make_twin", "open_twin", "swap_twin"]
+
+
+def _names(volume: str) -> tuple[str, str]:
+    check_id(volume, "volume UUID")
+    return f"{volume}{layout.TWIN_SUFFIX}", f"{layout.REMOVED_PREFIX}{volume}"
+
+
+def _kind(domain: Domain) -> FileDomain | BlockDomain:
+    if isinstance(domain, FileDomain) or (isinstance(domain, BlockDomain) and domain.metadata.version > 0):
+        return domain
+    raise UnsupportedVersion(
+        "the slot of a V1 volume is its place on the device, which a merge by renames would change",
+        path=domain.name,
+        hint="Merge into the base instead.",
+    )
+
+
+def check_twins(domain: Domain) -> None:
+    """Raise UnsupportedVersion where volumes cannot have twins."""
+    _kind(domain)
+
+
+def _folder(domain: FileDomain, volume: str) -> str:
+    return f"images/{domain.entries()[volume].images[0]}"
+
+
+def make_twin(token: SpmToken, domain: Domain, volume: str, size: int) -> None:
+    """Make an empty twin; on block storage with room for *size* bytes.  A former one is dropped.
+
+    Raises: UnsupportedVersion, NoSpace, StorageError, LvmError.
+    """
+    twin, _ = _names(volume)
+    own = _kind(domain)
+    drop_twin(token, domain, volume)
+    token.check()
+    if isinstance(own, FileDomain):
+        own.root.create(f"{_folder(own, volume)}/{twin}")
+    else:
+        own.lvm.create_volume(own.uuid, twin, ceil_div(max(size, 1), MiB), [layout.TAG_INITIALIZING])
+        own.changed()
+
+
+def open_twin(domain: Domain, volume: str) -> Storage:
+    """Return the bytes of a volume's twin for writing."""
+    twin, _ = _names(volume)
+    own = _kind(domain)
+    if isinstance(own, FileDomain):
+        return own.root.storage(f"{_folder(own, volume)}/{twin}", writable=True)
+    return open_logical_volume(own.lvm, own.state, twin, writable=True)
+
+
+def swap_twin(token: SpmToken, domain: Domain, volume: str, image: str, parent: str, slot: int) -> None:
+    """Put the twin in the volume's place, or end that; *image*, *parent* and *slot* are the volume's from now on."""
+    own = _kind(domain)
+    if isinstance(own, FileDomain):
+        _swap_file(token, own, volume)
+    else:
+        _swap_logical_volume(token, own, volume, layout.volume_tags(slot, parent, image))
+
+
+def _swap_file(token: SpmToken, domain: FileDomain, volume: str) -> None:
+    folder = _folder(domain, volume)
+    twin, old = (f"{folder}/{name}" for name in _names(volume))
+    if not domain.root.exists(twin):
+        return
+    token.check()
+    if not domain.root.exists(old):
+        # The second name keeps the bytes; at no moment is there no file of the volume's name.
+        domain.root.link(f"{folder}/{volume}", old)
+    domain.root.rename(twin, f"{folder}/{volume}")
+
+
+def _swap_logical_volume(token: SpmToken, domain: BlockDomain, volume: str, tags: list[str]) -> None:
+    twin, old = _names(volume)
+    mark = layout.TAG_INITIALIZING
+    lvm, name = domain.lvm, domain.uuid
+    if twin in domain.state.lvs and volume in domain.state.lvs:
+        token.check()
+        lvm.rename_volume(name, volume, old)
+        domain.changed()
+    if twin in domain.state.lvs:
+        state = domain.state.lv(old)
+        if mark not in state.tags:
+            token.check()
+            domain.retag([old], add=[mark], remove=sorted(state.tags))
+        token.check()
+        lvm.rename_volume(name, twin, volume)
+        domain.changed()
+    if mark in domain.state.lv(volume).tags:
+        token.check()
+        domain.retag([volume], add=tags, remove=[mark])
+
+
+def drop_twin(token: SpmToken, domain: Domain, volume: str) -> None:
+    """Remove a twin that was not swapped in, and what one that was has replaced."""
+    own = _kind(domain)
+    names = _names(volume)
+    token.check()
+    if isinstance(own, FileDomain):
+        for name in names:
+            own.root.unlink(f"{_folder(own, volume)}/{name}", missing_ok=True)
+        return
+    if volume not in own.state.lvs:
+        raise NotFound(f"there is no volume {volume}", path=own.name)
+    present = [name for name in names if name in own.state.lvs]
+    if present:
+        own.lvm.remove_volumes(own.uuid, present)
+        own.changed()

@@ -4,29 +4,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tests.docs import examples
 
 pytestmark = pytest.mark.bare
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs/guide"
 CHAPTERS = sorted(path for path in GUIDE.glob("*.md") if path.name != "README.md")
-
-
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-examples = load("doc_examples", Path(__file__).with_name("examples.py"))
 
 
 def chapter(path: Path) -> object:

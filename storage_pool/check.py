@@ -8,11 +8,12 @@ rule that mends it, and :func:`mend` does only what has one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .block_domain import BlockDomain
 from .block_group import repair_mapping
-from .domain import Domain, Leftover
+from .domain import Domain, Leftover, VolumeEntry
 from .image_group import Finding, ImageGroup, findings, repair
 from .merge import recover_merges
 from .merge_swap import recover_swaps
@@ -56,10 +57,25 @@ def check_domain(domain: Domain) -> DomainReport:
     unmapped: list[str] = []
     if isinstance(domain, BlockDomain):
         known = {entry.uuid for entry in domain.metadata.pv_mapping.values()}
+        found += _shared_slots(entries)
         unmapped = [pv.name for pv in domain.state.pvs.values() if pv.uuid not in known]
     return DomainReport(
         len(images), len(entries), tuple(found), tuple(domain.leftovers()), domain.notes(), tuple(unmapped)
     )
+
+
+def _shared_slots(entries: Sequence[VolumeEntry]) -> list[Finding]:
+    """Two volumes of one slot have one record and one lease; nothing says whose they are."""
+    users: dict[int, list[str]] = {}
+    for entry in entries:
+        if entry.slot is not None:
+            users.setdefault(entry.slot, []).append(entry.volume)
+    return [
+        Finding(volume, f"it has metadata slot {slot} together with {len(volumes) - 1} other volumes")
+        for slot, volumes in sorted(users.items())
+        for volume in sorted(volumes)
+        if len(volumes) > 1
+    ]
 
 
 def recover(token: SpmToken, domain: Domain) -> list[str]:

@@ -8,12 +8,14 @@ used only when all that can be read of it agrees; where it does not,
 :func:`findings` says what is wrong and which rule mends it.
 
 Rules: of parents the record is newer than the tag; the image decides over the
-record when it names a volume of the chain; of images the tag decides.
+record when it names a volume of the chain; of images the tag decides; a
+capacity below what the image holds is raised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from qcowlib.errors import Error, printable
@@ -36,7 +38,7 @@ __all__ = ["Finding", "ImageGroup", "backing_of", "findings", "repair"]
 #: Longer chains are taken for a cycle that was missed.
 MAX_CHAIN: Final = 1024
 
-Repair = Literal["set parent", "set parent tag", "set role", "write lease", "none"]
+Repair = Literal["set parent", "set parent tag", "set role", "set image", "set capacity", "write lease", "none"]
 
 
 class Finding(NamedTuple):
@@ -133,7 +135,7 @@ def findings(group: ImageGroup) -> list[Finding]:
         found += _against_image(group, volume, record)
         found += _against_lease(group, volume)
         if record.legality == mv.ILLEGAL:
-            found.append(Finding(volume, "the volume is ILLEGAL: an operation on it did not end"))
+            found.append(Finding(volume, _about_illegal(group, volume, record)))
         if record.voltype != SHARED:
             role = mv.INTERNAL if children_of(group.domain, volume) else mv.LEAF
             if record.voltype != role:
@@ -154,13 +156,26 @@ def findings(group: ImageGroup) -> list[Finding]:
     return found
 
 
+def _about_illegal(group: ImageGroup, volume: str, record: VolumeMetadata) -> str:
+    """Say what an ILLEGAL volume is left of, as far as chains tell; what to do with it is for people to say."""
+    text = "the volume is ILLEGAL: an operation on it did not end"
+    if group.children(volume):
+        return f"{text}; what stands on it does so in record and image: make it LEGAL to take a merge back"
+    if len(group.children(record.parent)) > 1:
+        return f"{text}; the chain goes on without it: remove it if a merge or copy left it"
+    return text
+
+
 def _against_tags(group: ImageGroup, volume: str, record: VolumeMetadata) -> list[Finding]:
     found = []
     entry = group.entries[volume]
     if record.domain != group.domain.uuid:
         found.append(Finding(volume, f"its record is of domain {printable(record.domain[:64])}"))
     if record.image != entry.images[0]:
-        found.append(Finding(volume, f"its record is of image {printable(record.image[:64])}"))
+        text = f"its record is of image {printable(record.image[:64])}"
+        # In a directory links may have been made of it; there is no tag to decide.
+        rule: Repair = "set image" if group.domain.block else "none"
+        found.append(Finding(volume, text, rule, entry.images[0]))
     if group.domain.block and entry.parent != record.parent:
         text = f"its tag has the parent {entry.parent}, its record {record.parent}"
         found.append(Finding(volume, text, "set parent tag", record.parent))
@@ -179,16 +194,29 @@ def _against_lease(group: ImageGroup, volume: str) -> list[Finding]:
 
 
 def _against_image(group: ImageGroup, volume: str, record: VolumeMetadata) -> list[Finding]:
-    if record.format != COW:
-        return []
     try:
-        storage = group.domain.open_volume(volume)
-        try:
+        if record.format != COW:
+            return _against_size(volume, record, group.domain.size_of(volume))
+        with closing(group.domain.open_volume(volume)) as storage:
             name, fmt = backing_of(storage)
-        finally:
-            storage.close()
+            size = read_header(storage).size
     except Error as error:
         return [Finding(volume, f"unreadable image: {error.message}")]
+    return _against_backing(group, volume, record, name, fmt) + _against_size(volume, record, size)
+
+
+def _against_size(volume: str, record: VolumeMetadata, size: int) -> list[Finding]:
+    # A larger one is left, and of a template others have the same number.
+    if record.capacity >= size or record.voltype == SHARED:
+        return []
+    return [
+        Finding(volume, f"its image holds {size} bytes, its record says {record.capacity}", "set capacity", str(size))
+    ]
+
+
+def _against_backing(
+    group: ImageGroup, volume: str, record: VolumeMetadata, name: str | None, fmt: str | None
+) -> list[Finding]:
     if name is None:
         return [] if record.parent == BLANK else [Finding(volume, "its image has no backing file, its record a parent")]
     parent = volume_of_name(name)
@@ -222,6 +250,10 @@ def repair(token: SpmToken, domain: Domain, plan: Sequence[Finding]) -> list[Fin
         elif finding.repair == "set parent tag":
             # The record may have been mended meanwhile by a finding before.
             domain.set_parent_hint(token, finding.volume, record.parent)
+        elif finding.repair == "set image":
+            domain.write_record(token, finding.volume, record._replace(image=finding.value))
+        elif finding.repair == "set capacity":
+            domain.write_record(token, finding.volume, record._replace(capacity=int(finding.value)))
         else:
             set_role(token, domain, finding.volume, record, finding.value)
         done.append(finding)

@@ -40,6 +40,24 @@ _LV_COLUMNS: Final = "lv_name,lv_uuid,lv_attr,lv_size,lv_tags,lv_health_status"
 _SEG_COLUMNS: Final = "lv_name,segtype,seg_start,seg_size,seg_pe_ranges"
 
 
+#: What LVM says when a group has no extents left, or no room for its own text.
+_NO_SPACE: Final = (
+    "nsufficient free space",
+    "nsufficient suitable allocatable extents",
+    "too large for circular buffer",
+)
+#: What else it says that people can do something about.
+_HINTS: Final = (
+    ("Can't open", "Something else uses the device, as a mount, a multipath map or another volume group."),
+    ("is already in volume group", "Take the device out of its volume group first, or use another one."),
+    ("by filter", "LVM sees only the devices that it was given; name this one too."),
+    ("No device found", "LVM sees only the devices that it was given; name this one too."),
+    ("Couldn't find device with uuid", "A device of the volume group is missing; look at the storage and its paths."),
+    ("in use", "Somebody on this host has the volume open."),
+    ("signature", "The device holds something; say so explicitly if it may be lost."),
+)
+
+
 class Vg(NamedTuple):
     """A volume group; sizes in bytes."""
 
@@ -292,9 +310,10 @@ class Lvm:
             done = self._once(command, arguments, wider, report)
         if done.returncode:
             text = _text(done.stderr)
-            if "nsufficient free space" in text or "nsufficient suitable allocatable extents" in text:
+            if any(words in text for words in _NO_SPACE):
                 raise NoSpace(f"lvm {command}: {_complaint(done)}")
-            raise LvmError(f"lvm {command}: {_complaint(done)}", returncode=done.returncode, stderr=text)
+            hint = next((hint for words, hint in _HINTS if words in text), None)
+            raise LvmError(f"lvm {command}: {_complaint(done)}", returncode=done.returncode, stderr=text, hint=hint)
         return done
 
     # Reports

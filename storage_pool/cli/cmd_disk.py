@@ -15,7 +15,7 @@ from storage_pool.cli.cmd_exchange import add_image_verbs
 from storage_pool.cli.hosting import now, open_domain, take_token
 from storage_pool.cli.output import Output
 from storage_pool.ids import BLANK, make_id
-from storage_pool.metadata_volume import COW, PREALLOCATED, RAW, SHARED, SPARSE
+from storage_pool.metadata_volume import COW, ILLEGAL, LEGAL, PREALLOCATED, RAW, SHARED, SPARSE
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -61,6 +61,12 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     extend = add("extend", _extend, "make a disk larger")
     extend.add_argument("volume")
     extend.add_argument("size", type=_size, metavar="SIZE")
+    update = add("update", _update, "change what a volume's record says")
+    update.add_argument("volume")
+    update.add_argument("--legality", choices=(LEGAL, ILLEGAL), default=None)
+    update.add_argument("--description", default=None)
+    update.add_argument("--generation", type=int, default=None, metavar="N", help="the next one by default")
+    update.add_argument("--expect", type=int, default=None, metavar="N", help="refuse another generation than this")
     remove = add("remove", _remove, "remove a volume")
     remove.add_argument("volume")
     remove.add_argument("--zero", action="store_true", help="overwrite its data first")
@@ -147,6 +153,20 @@ def _extend(arguments: argparse.Namespace, output: Output) -> int:
     with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
         record = volume.extend_capacity(token, domain, arguments.volume, arguments.size)
     return _answer(output, volume=arguments.volume, capacity=record.capacity)
+
+
+def _update(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
+        record = volume.update_volume(
+            token,
+            domain,
+            arguments.volume,
+            legality=arguments.legality,
+            description=arguments.description,
+            generation=arguments.generation,
+            expected_generation=arguments.expect,
+        )
+    return _answer(output, volume=arguments.volume, legality=record.legality, generation=record.generation)
 
 
 def _remove(arguments: argparse.Namespace, output: Output) -> int:

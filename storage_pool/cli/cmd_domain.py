@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parsers"]
 
 Run = Callable[[argparse.Namespace, Output], int]
+_CHECK_TEXT = "check a whole domain; reads only unless told to mend"
 _CLASS_NAMES = {"data": DATA, "iso": "Iso", "export": BACKUP}
 
 
@@ -80,10 +81,14 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     )
     listing = add("list", _list, "list the domains in directories and on volume groups")
     listing.add_argument("place", nargs="*", metavar="DIRECTORY")
+    whole = subjects.add_parser("check", parents=[common], help="check a whole domain", description=_CHECK_TEXT)
+    whole.set_defaults(run=_check)
+    whole.add_argument("domain", metavar="DIRECTORY|UUID")
+    whole.add_argument("--mend", action="store_true", help="mend what has a rule")
     for verb, run, text in (
         ("show", _show, "show the keys of a domain and how full it is"),
         ("dump", _dump, "print all that is known of a domain; reads only"),
-        ("check", _check, "check a whole domain; reads only unless told to mend"),
+        ("check", _check, _CHECK_TEXT),
         ("upgrade", _upgrade, "convert a data domain in place"),
         ("leftovers", _leftovers, "list what interrupted operations left"),
         ("destroy", _destroy, "remove a domain with everything in it"),

@@ -80,3 +80,38 @@ def test_what_has_no_rule_is_told_and_stays(file_domain, token):
     report = check.mend(token, domain)
     assert [finding.volume for finding in report.findings] == [volumes[2]]
     assert domain.record(volumes[2]).legality == "ILLEGAL"
+
+
+def test_a_capacity_below_the_image_is_raised_and_a_larger_one_left(make_domain, token):
+    domain = make_domain()
+    _, volumes = disk(domain, token)
+    domain.write_record(token, volumes[0], domain.record(volumes[0])._replace(capacity=32 * MIB))
+    domain.write_record(token, volumes[1], domain.record(volumes[1])._replace(capacity=128 * MIB))
+    (finding,) = check.check_domain(domain).findings
+    assert (finding.volume, finding.repair, finding.value) == (volumes[0], "set capacity", str(64 * MIB))
+    assert check.mend(token, domain).clean
+    assert [domain.record(volume).capacity for volume in volumes] == [64 * MIB, 128 * MIB, 64 * MIB]
+
+
+def test_an_illegal_volume_is_told_with_what_its_chain_says(file_domain, token):
+    domain = file_domain()
+    image, volumes = disk(domain, token)
+    look = sn.preview(token, domain, image, volumes[0], ctime=CTIME)
+    for volume in (volumes[1], look):
+        domain.write_record(token, volume, domain.record(volume)._replace(legality="ILLEGAL"))
+    told = {finding.volume: finding.text for finding in check.check_domain(domain).findings}
+    assert "make it LEGAL" in told[volumes[1]] and "remove it" in told[look] and len(told) == 2
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+def test_tags_decide_over_the_image_of_a_record_and_a_shared_slot_is_told(block_domain, token):
+    domain = block_domain()
+    image, volumes = disk(domain, token, 2)
+    domain.write_record(token, volumes[1], domain.record(volumes[1])._replace(image=make_id()))
+    (finding,) = check.check_domain(domain).findings
+    assert (finding.repair, finding.value) == ("set image", image)
+    assert check.mend(token, domain).clean and domain.record(volumes[1]).image == image
+    slots = [domain.entries()[volume].slot for volume in volumes]
+    domain.retag([volumes[1]], add=[f"MD_{slots[0]}"], remove=[f"MD_{slots[1]}"])
+    told = [finding for finding in check.check_domain(domain).findings if "metadata slot" in finding.text]
+    assert [finding.volume for finding in told] == sorted(volumes)

@@ -211,3 +211,20 @@ def test_bd20_at_most_so_many_programs_run_at_once(tmp_path):
     for end in ends.values():
         os.close(end)
     assert [runner.slots.acquire(blocking=False) for _ in range(3)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "words"),
+    [
+        ("  Can't open /dev/sdb exclusively.  Mounted filesystem?\n", LvmError, "uses the device"),
+        ("  WARNING: x\n  No device found for /dev/sdb.\n", LvmError, "name this one too"),
+        ("  Couldn't find device with uuid abc.\n", LvmError, "is missing"),
+        ("  VG g 1048000 metadata on /dev/sdb (1048576 bytes) too large for circular buffer\n", NoSpace, "circular"),
+        ("  Something new.\n", LvmError, "lvm vgreduce: Something new"),
+    ],
+)
+def test_what_lvm_says_becomes_a_line_and_what_to_do(text, kind, words):
+    lvm = Lvm(ScriptedRunner(lambda argv: completed(argv, 5, stderr=text.encode())), LvmHost())
+    with pytest.raises(kind) as caught:
+        lvm.reduce_group(make_id(), "/dev/sdb")
+    assert words in f"{caught.value} {caught.value.hint}" and len(str(caught.value).splitlines()) == 1

@@ -69,3 +69,14 @@ def test_a_foreign_domain_is_upgraded_and_checked(qpool, tmp_path, golden):
     assert qpool("domain", "show", path)["version"] == "5"
     assert qpool("domain", "check", path, status=3)["volumes"] == 10
     assert "no way back" in qpool("domain", "upgrade", path, "V3", status=1)
+
+
+def test_a_record_is_updated_under_its_expected_generation(qpool, mount):
+    volume = qpool("volume", "create", mount, "1M")["volume"]
+    assert qpool("volume", "update", mount, volume, "--legality", "ILLEGAL")["generation"] == 1
+    (finding,) = qpool("check", mount, status=3)["findings"]
+    assert "ILLEGAL" in finding["text"]
+    assert "generation 1, not 5" in qpool("volume", "update", mount, volume, "--expect", "5", status=1)
+    done = qpool("volume", "update", mount, volume, "--legality", "LEGAL", "--expect", "1", "--generation", "9")
+    assert (done["legality"], done["generation"]) == ("LEGAL", 9)
+    assert qpool("check", mount)["findings"] == []

@@ -211,7 +211,7 @@ class _State:
 
 def _buffer(size: int) -> memoryview:
     # Of whole pages at a page's start: fit for direct I/O.
-    return memoryview(mmap.mmap(-1, max(size, mmap.PAGESIZE)))
+    return memoryview(mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def run(

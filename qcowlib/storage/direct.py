@@ -186,7 +186,7 @@ class DirectIO:
         try:
             return self._pool.pop()
         except IndexError:
-            return mmap.mmap(-1, _CHUNK)
+            return mmap.mmap(-1, _CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def _give(self, buffer: mmap.mmap) -> None:
         if len(self._pool) < _POOL:

@@ -176,7 +176,7 @@ class Image(OpenImage):
 
     async def amend(self, options: AmendOptions, progress: Callable[[int, int], object] | None = None) -> None:
         """Change creation options; *progress* is called on the loop."""
-        self._check(writing=True)
+        self._check_writable()
         await self._chain.amend(options, progress)
 
     # -- persistent dirty bitmaps ----------------------------------------------

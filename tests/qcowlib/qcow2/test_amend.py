@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import qcowlib
+from qcowlib import aio
 from qcowlib.errors import SecretError
 from qcowlib.luks import LuksHeader
 from qcowlib.qcow2.amend import AmendOptions, KeyChange
@@ -361,3 +363,18 @@ def test_a_cut_leaves_a_whole_image_with_the_same_content(version: int, options:
     wanted = {"0.10": 2, "1.1": 3}.get(options.compat or "", version)
     assert RefImage(file).version == wanted
     assert RefImage(file).order == (options.refcount_bits or 16).bit_length() - 1
+
+
+def test_amend_on_a_loop() -> None:
+    async def run() -> None:
+        file = MemoryStorage()
+        create(file, CreateOptions(size=SIZE))
+        async with await aio.open(file, "r+", format="qcow2") as image:
+            await image.pwrite(b"x" * 100, 0)
+            await image.amend(AmendOptions(refcount_bits=8, size=2 * SIZE))
+            await image.pwrite(b"y" * 100, SIZE + 100)
+            assert await image.pread(100, 0) == b"x" * 100
+        result = reference_check(RefImage(file))
+        assert (result.corruptions, result.leaks, RefImage(file).order) == (0, 0, 3)
+
+    asyncio.run(run())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qcowlib.crypto import Cipher, CipherSpec
-from qcowlib.errors import CorruptImage, FormatError, SecretError
+from qcowlib.errors import CorruptImage, FormatError, SecretError, StorageError
 from qcowlib.luks import LuksHeader
 from qcowlib.storage.base import Storage
 from qcowlib.storage.encrypted import EncryptedStorage, create_luks, open_luks
@@ -30,6 +30,19 @@ class TestEncrypted(StorageContract):
         storage = EncryptedStorage(MemoryStorage(size + 4096), 4096, Cipher(SPEC, KEY, host_sectors=False))
         storage.zero(0, size)
         return storage
+
+    def test_resize_gives_zeros_even_where_data_was(self) -> None:
+        """It does not: encrypted zeros would have to be written for all of it, so new sectors are noise, as in qemu."""
+        storage = self.make(8192)
+        storage.write(0, [b"x" * 8192])
+        storage.resize(4096)
+        storage.resize(8192)
+        found = bytearray(8192)
+        storage.read_into(0, [found])
+        assert found[:4096] == b"x" * 4096
+        assert found[4096:] not in (b"x" * 4096, bytes(4096))
+        with pytest.raises(StorageError):
+            storage.resize(8193)
 
     def make_readonly(self) -> Storage:
         return EncryptedStorage(MemoryStorage(SIZE, writable=False), 0, Cipher(SPEC, KEY, host_sectors=False))

@@ -70,6 +70,7 @@ SECTIONS = (
             "qcow2/bitmap.py": ("Bitmap",),
             "ondisk/snapshots.py": ("SnapshotEntry",),
             "qcow2/create.py": ("Encryption",),
+            "qcow2/amend.py": ("AmendOptions", "KeyChange"),
             "gate.py": ("References", "FileName", "parse_name", "resolve_name"),
             "jobs/pipeline.py": ("Control",),
             "crypto.py": ("Secret",),

@@ -57,7 +57,11 @@ class References(Protocol):
     """A policy. ``open`` returns a storage opened for *writable* access, or raises GateDenied."""
 
     def open(self, kind: Kind, name: str, owner: str, *, writable: bool, cache: str) -> Storage:
-        """Open *name* (a path) as found in the image *owner*."""
+        """Open *name* (a path) as found in the image *owner* (a path too), for reading unless *writable*.
+
+        *kind* tells what it is for; *cache* is the mode the image was opened with.
+        Raises: GateDenied to refuse, or any error of opening.
+        """
 
 
 def parse_name(name: str, *, owner: str | None = None) -> FileName:

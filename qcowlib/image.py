@@ -122,7 +122,11 @@ class OpenImage:
 
 
 class Image(OpenImage):
-    """An open image; made by :func:`open`.  Offsets and lengths are guest bytes."""
+    """An open image; made by :func:`open`.  Offsets and lengths are guest bytes.
+
+    Any number of threads may use it.  Every method raises UsageError once the
+    image is closed; those that change it raise ReadOnly in mode ``"r"``.
+    """
 
     __slots__ = ("_runtime",)
 
@@ -133,7 +137,10 @@ class Image(OpenImage):
     # -- reading ---------------------------------------------------------------
 
     def pread(self, length: int, offset: int) -> bytes:
-        """Return *length* bytes from *offset*, fewer at the end of the image, as ``os.pread``."""
+        """Return *length* bytes from *offset*, fewer at the end of the image, as ``os.pread``.
+
+        Raises: OutOfRange for a negative number; CorruptImage, StorageError.
+        """
         size = self._chain.size
         if self._closed or offset < 0 or length < 0:
             self._check_open()
@@ -148,7 +155,7 @@ class Image(OpenImage):
         return data
 
     def preadinto(self, buffer: WriteableBuffer, offset: int) -> int:
-        """Fill *buffer* from *offset*; returns the bytes read, fewer at the end of the image."""
+        """Fill *buffer* from *offset*; returns the bytes read, fewer at the end.  Raises: as :meth:`pread`."""
         self._check_open()
         view = memoryview(buffer).cast("B")
         size = self._chain.size
@@ -165,6 +172,7 @@ class Image(OpenImage):
 
         One call for many small reads: threads run in parallel where single
         reads would wait for each other.  Each range must lie inside the image.
+        Raises: OutOfRange, UsageError when the buffer is too small, and as :meth:`pread`.
         """
         from array import array
 
@@ -250,7 +258,11 @@ class Image(OpenImage):
         return len(view)
 
     def write_compressed(self, data: ReadableBuffer, offset: int) -> None:
-        """Store one whole guest cluster compressed, where nothing is allocated yet."""
+        """Store one whole guest cluster compressed, where nothing is allocated yet.
+
+        What does not get smaller is stored plain.  Raises: UsageError for any
+        other range and for raw; UnsupportedFeature, StorageError.
+        """
         self._check_writable()
         self._runtime.run(self._chain.write_compressed(offset, memoryview(data).cast("B")))
 
@@ -258,6 +270,7 @@ class Image(OpenImage):
         """Make the range read as zeros, whatever the backing files hold.
 
         With *unmap* space is given back; without, clusters keep their space.
+        Raises: OutOfRange, StorageError.
         """
         self._check_writable()
         check_range(offset, length, self._chain.size, self.path)
@@ -268,6 +281,7 @@ class Image(OpenImage):
         """Give whole clusters inside the range back; they read as zeros afterwards.
 
         A version 2 image with a backing file keeps them, as qemu does.
+        Raises: OutOfRange, StorageError.
         """
         self._check_writable()
         check_range(offset, length, self._chain.size, self.path)
@@ -296,7 +310,7 @@ class Image(OpenImage):
         self._runtime.run(empty(writer))
 
     def flush(self) -> None:
-        """Return when everything written before is durable."""
+        """Return when everything written before is durable.  Raises: StorageError; nothing is promised then."""
         self._check_open()
         if self.mode == "r+":
             self._runtime.run(self._chain.flush())
@@ -331,29 +345,31 @@ class Image(OpenImage):
 
         *granularity*: guest bytes a bit, a power of two from 512 to 2 GiB
         (default: the cluster size, at least 4 KiB and at most 64 KiB).
+        Raises: UsageError for a name that is there or longer than 1023 bytes, a
+        wrong granularity, a version 2 image; UnsupportedFeature for raw.
         """
         self._runtime.run(self._bitmaps().add(name, granularity, disabled=disabled))
 
     def remove_bitmap(self, name: str) -> None:
-        """Delete a bitmap; the only thing that can be done to an inconsistent one."""
+        """Delete a bitmap; all that can be done to an inconsistent one.  Raises: UsageError for an unknown one."""
         self._runtime.run(self._bitmaps().remove(name))
 
     def clear_bitmap(self, name: str) -> None:
-        """Forget what a bitmap has recorded."""
+        """Forget what a bitmap has recorded.  Raises: UsageError for an unknown or inconsistent one."""
         self._runtime.run(self._bitmaps().clear(name))
 
     def enable_bitmap(self, name: str) -> None:
-        """Record changes in a bitmap from now on."""
+        """Record changes in a bitmap from now on.  Raises: as :meth:`clear_bitmap`."""
         self._runtime.run(self._bitmaps().enable(name, True))
 
     def disable_bitmap(self, name: str) -> None:
-        """Stop recording changes in a bitmap."""
+        """Stop recording changes in a bitmap; what it holds stays.  Raises: as :meth:`clear_bitmap`."""
         self._runtime.run(self._bitmaps().enable(name, False))
 
     def merge_bitmap(self, target: str, source: str, source_image: Image | None = None) -> None:
         """Set in *target* all that is set in *source*, of this image or another of the same size.
 
-        Granularities may differ.
+        Granularities may differ.  Raises: as :meth:`clear_bitmap`.
         """
         other = None
         if source_image is not None and source_image is not self:
@@ -418,20 +434,28 @@ class Image(OpenImage):
         """Take an internal snapshot of what the guest sees now; durable when this returns.
 
         A refused one changes nothing; with *as_qemu* one for which refcounts
-        are too narrow leaks its L1 table, as qemu-img's does.
+        are too narrow leaks its L1 table, as qemu-img's does.  Raises: UsageError
+        with 65536 snapshots; UnsupportedFeature for raw or with an external data
+        file; StorageError.
         """
         from qcowlib.qcow2.snapshot import create_snapshot
 
         return self._runtime.run(create_snapshot(self._snapshot_writer(), name, as_qemu=as_qemu))
 
     def apply_snapshot(self, wanted: str) -> None:
-        """Go back to a snapshot (id, else name), its size too.  The snapshot stays."""
+        """Go back to a snapshot (id, else name), its size too.  The snapshot stays.
+
+        Raises: UsageError for an unknown one; UnsupportedFeature, StorageError.
+        """
         from qcowlib.qcow2.snapshot import apply_snapshot
 
         self._runtime.run(apply_snapshot(self._snapshot_writer(), wanted, self._chain.refresh))
 
     def delete_snapshot(self, wanted: str, *, by_id: bool = True) -> None:
-        """Delete a snapshot (id unless *by_id* is false, else the first of that name)."""
+        """Delete a snapshot (id unless *by_id* is false, else the first of that name).
+
+        Raises: as :meth:`apply_snapshot`.
+        """
         from qcowlib.qcow2.snapshot import delete_snapshot
 
         self._runtime.run(delete_snapshot(self._snapshot_writer(), wanted, by_id=by_id))
@@ -446,7 +470,10 @@ class Image(OpenImage):
     # -- ending ----------------------------------------------------------------
 
     def close(self) -> None:
-        """Commit what is left and close every file.  A second call does nothing."""
+        """Commit what is left and close every file; what was not flushed may not be durable.
+
+        A second call does nothing.  Raises: StorageError; the files are closed then too.
+        """
         if self._closed:
             return
         self._closed = True
@@ -491,7 +518,8 @@ def open(
 ) -> Image:
     """Open an image: a file name, a descriptor, a storage, or (reading) an object with ``pread`` or ``readinto``.
 
-    *format* is ``qcow2`` or ``raw``; without it the first bytes decide for
+    A descriptor stays the caller's; a storage is closed with the image.  *mode*
+    is ``"r"`` or ``"r+"``.  *format* is ``qcow2`` or ``raw``; without it the first bytes decide for
     this image, never for its bases.  *snapshot* (id or name) reads an internal
     snapshot.  *references* is the policy for files that the image names
     (:mod:`qcowlib.gate`).  *backing* false opens the top layer alone.
@@ -501,9 +529,11 @@ def open(
 
     *cache* as qemu's: ``none`` and ``directsync`` go past the page cache,
     ``writethrough`` and ``directsync`` make each write durable before it
-    returns, ``unsafe`` ignores flushes.
+    returns, ``unsafe`` ignores flushes.  *data_file* and *backing_format* stand
+    in for what the header says; *discard* ``"ignore"`` keeps the space of what
+    the guest discards.
 
-    Raises: FormatError, UnsupportedFeature, GateDenied, Busy, SecretError,
+    Raises: UsageError, FormatError, UnsupportedFeature, GateDenied, Busy, SecretError,
     StorageError.
     """
     if mode not in ("r", "r+"):

@@ -30,7 +30,7 @@ from .errors import AlreadyExists, Illegal, MetadataError, NotFound
 from .ids import BLANK, check_id, is_id
 from .lease_records import SafeleaseTag, lockspace_area, read_leader, resource_area, write_area
 from .leases import Lease, LeaseArea
-from .limits import check_metadata_room, group_warnings
+from .limits import check_metadata_room, group_warnings, text_warnings
 from .lvm import Lv, Lvm, VgState
 from .metadata_domain import LATEST_VERSION, DomainMetadata, pack_v1, unpack_v1, v1_slot
 from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse
@@ -214,7 +214,8 @@ class BlockDomain:
 
     def warnings(self) -> list[str]:
         """Return what is worth telling people about the group, each with its figure."""
-        return group_warnings(self.state.vg)
+        view = self.metadata
+        return group_warnings(self.state.vg) + (text_warnings(view.raw) if view.version == 0 else [])
 
     # Listing
 

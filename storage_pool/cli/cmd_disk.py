@@ -84,7 +84,17 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     drop.add_argument("--zero", action="store_true", help="overwrite its data first")
     drop.add_argument("--discard", action="store_true", help="give its blocks back to the storage below")
     add_image_verbs(add)
-    template = verbs_of("template", "templates")("create", _template, "make a template of what a disk reads as")
+    add = verbs_of("template", "templates")
+    add("list", _templates, "list templates")
+    for verb, run, text in (
+        ("thin", _thin, "make a disk that stands on a template"),
+        ("clone", _clone, "make a disk of one volume that reads as a template"),
+    ):
+        parser = add(verb, run, text)
+        parser.add_argument("image")
+        parser.add_argument("--description", default="")
+    parser.add_argument("-p", "--progress", action="store_true", help="tell the progress on standard error")
+    template = add("create", _template, "make a template of what a disk reads as")
     template.add_argument("image")
     template.add_argument("--description", default=None)
     template.add_argument("-p", "--progress", action="store_true", help="tell the progress on standard error")
@@ -225,6 +235,49 @@ def _template(arguments: argparse.Namespace, output: Output) -> int:
         output.progress(arguments.progress) as told,
     ):
         image, made = transfer.make_template(
+            token, domain, arguments.image, domain, ctime=now(), description=arguments.description, progress=told
+        )
+    return _answer(output, image=image, volume=made)
+
+
+def _templates(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain:
+        entries = domain.entries()
+        rows = [
+            {
+                "image": record.image,
+                "volume": name,
+                "capacity": record.capacity,
+                "disks": len(entries[name].images) - 1,
+                "description": record.description,
+            }
+            for name, record in sorted(volume.records_of(domain).items(), key=lambda item: item[1].image)
+            if record.voltype == SHARED
+        ]
+    if output.as_json:
+        output.document(rows)
+    else:
+        columns = ("image", "volume", "capacity", "disks", "description")
+        output.table([key.upper() for key in columns], [[row[key] for key in columns] for row in rows])
+    return 0
+
+
+def _thin(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
+        parent = image_group.ImageGroup.load(domain, arguments.image).leaf()
+        capacity = domain.record(parent).capacity
+        spec = volume.VolumeSpec(make_id(), make_id(), capacity, parent=parent, description=arguments.description)
+        volume.create_volume(token, domain, spec, now())
+    return _answer(output, image=spec.image, volume=spec.volume, capacity=capacity)
+
+
+def _clone(arguments: argparse.Namespace, output: Output) -> int:
+    with (
+        open_domain(arguments, arguments.domain) as domain,
+        take_token(arguments) as token,
+        output.progress(arguments.progress) as told,
+    ):
+        image, made = transfer.collapse(
             token, domain, arguments.image, domain, ctime=now(), description=arguments.description, progress=told
         )
     return _answer(output, image=image, volume=made)

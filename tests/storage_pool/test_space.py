@@ -8,7 +8,7 @@ from storage_pool import block_group, snapshot
 from storage_pool import volume as vol
 from storage_pool.errors import MetadataError, NoSpace
 from storage_pool.ids import make_id
-from storage_pool.limits import check_metadata_room, group_warnings
+from storage_pool.limits import check_metadata_room, group_warnings, text_warnings
 from storage_pool.lvm import Vg
 from storage_pool.space import Space, SpacePolicy, account, total_space
 
@@ -61,6 +61,12 @@ def test_advised_limits_of_a_group_are_warnings_with_the_figure():
     told = group_warnings(VG._replace(lv_count=351, pv_count=301, mda_size=MIB, mda_free=80 << 10, missing_pv_count=2))
     assert [text.split()[0] for text in told] == ["2", "metadata", "only", "351", "301"]
     assert "1 MiB are smaller" in told[1] and "80 KiB" in told[2]
+
+
+def test_the_text_of_a_v1_domain_is_told_before_it_is_full():
+    assert text_warnings({"A": "x" * 1500}) == []
+    (told,) = text_warnings({"A": "x" * 1700})
+    assert told.startswith("1755 of the 2048 bytes")
 
 
 def test_full_metadata_areas_refuse_a_volume_before_lvm_would_fail():

@@ -80,3 +80,16 @@ def test_a_record_is_updated_under_its_expected_generation(qpool, mount):
     done = qpool("volume", "update", mount, volume, "--legality", "LEGAL", "--expect", "1", "--generation", "9")
     assert (done["legality"], done["generation"]) == ("LEGAL", 9)
     assert qpool("check", mount)["findings"] == []
+
+
+def test_a_template_is_listed_with_its_disks_and_cloned(qpool, mount):
+    image = qpool("volume", "create", mount, "1M")["image"]
+    template = qpool("template", "create", mount, image, "--description", "gold")
+    thin = qpool("template", "thin", mount, template["image"], "--description", "web")
+    clone = qpool("template", "clone", mount, template["image"])
+    assert thin["capacity"] == 1 << 20
+    (row,) = qpool("template", "list", mount)
+    assert (row["volume"], row["disks"], row["description"]) == (template["volume"], 1, "gold")
+    assert set(qpool("image", "show", mount, thin["image"])["volumes"]) == {thin["volume"], template["volume"]}
+    assert set(qpool("image", "show", mount, clone["image"])["volumes"]) == {clone["volume"]}
+    assert "not a valid image UUID" in qpool("template", "thin", mount, "x", status=1)

@@ -76,7 +76,17 @@ def order(view: PoolView) -> list[int]:
 class Election:
     """One host's part; a machine without I/O."""
 
-    __slots__ = ("_aside_until_s", "_backoff_s", "_blind", "_free_since_s", "host_id", "role", "timing", "willing")
+    __slots__ = (
+        "_aside_until_s",
+        "_backoff_s",
+        "_blind",
+        "_failed_s",
+        "_free_since_s",
+        "host_id",
+        "role",
+        "timing",
+        "willing",
+    )
 
     def __init__(self, host_id: int, timing: ElectionTiming, *, willing: bool = True) -> None:
         """A host that is not *willing* only tries when :meth:`told`."""
@@ -85,7 +95,7 @@ class Election:
         self.willing = willing
         self.role: Role = "Free"
         self._free_since_s: float | None = None
-        self._aside_until_s = float("-inf")
+        self._aside_until_s = self._failed_s = float("-inf")
         self._backoff_s = timing.backoff_s
         self._blind = False
 
@@ -121,9 +131,11 @@ class Election:
         if self._free_since_s is None:
             self._free_since_s = now_s
         rank = min(ranks.index(self.host_id), self.timing.ranks)
-        if self.host_id == ranks[0] and len(ranks) == 1:
-            self._aside_until_s = float("-inf")
-        turn_s = max(self._free_since_s + rank * self.timing.stagger_s, self._aside_until_s)
+        aside_s = self._aside_until_s
+        if len(ranks) == 1:
+            # Nobody else could have the turn meanwhile.
+            aside_s = min(aside_s, self._failed_s + self.timing.poll_s)
+        turn_s = max(self._free_since_s + rank * self.timing.stagger_s, aside_s)
         if now_s < turn_s:
             return Action("wait", min(turn_s, wait.again_s))
         self.role = "Contend"
@@ -139,7 +151,10 @@ class Election:
         """The try ended; *held* when another host was faster, which is nobody's fault."""
         self.role = "Free"
         self._free_since_s = None
-        if not held:
+        self._failed_s = now_s
+        if held:
+            self._aside_until_s = now_s + self.timing.stagger_s
+        else:
             self._aside_until_s = now_s + self._backoff_s
             self._backoff_s = min(self._backoff_s * 2, self.timing.backoff_limit_s)
 
@@ -147,6 +162,7 @@ class Election:
         """The term is over; who *lost* its lease lets the others go first."""
         self.role = "Free"
         self._free_since_s = None
+        self._failed_s = now_s
         if lost:
             self._aside_until_s = now_s + self.timing.round_s
 

@@ -23,16 +23,17 @@ terms is the epoch in the pool's metadata, :func:`next_epoch`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from qcowlib.errors import StorageError
 from qcowlib.runtime import new_condition
 from storage_pool.leases import LeaseOwner
 
 from .errors import LeaseError, LeaseLost
+from .proof import LeaseProof
 from .timing import LeaseTiming
 
-__all__ = ["LeaseProof", "LeaseToken", "LeaseWatch", "Verdict", "next_epoch"]
+__all__ = ["LeaseToken", "LeaseWatch", "Verdict", "next_epoch", "settling_s"]
 
 Verdict = Literal["fresh", "stale", "lost"]
 
@@ -45,18 +46,16 @@ def next_epoch(stored: int, own: int) -> int:
     return max(stored, own) + 1
 
 
-class LeaseProof(NamedTuple):
-    """What storage says of a lease.
+def settling_s(timing: LeaseTiming, unreleased_s: float, stored_version: int, own: LeaseOwner) -> float:
+    """Return how long a new term must wait before its first change.
 
-    *renewed_s* is when this host last renewed its host id (on the holder's
-    clock), *generation* that of its host id now, *owner* whom the lease names
-    and *epoch* the one stored in the pool's metadata.
+    *unreleased_s* is what :meth:`~spm.proof.ProvingLeases.settle_s` said
+    before the lease was taken; *stored_version* is the version of the lease
+    with which the last term stored its epoch.  If that is not the version just
+    before ours, a term began and ended between that never got so far: it may
+    have been waiting itself, and its duty to wait is ours now.
     """
-
-    renewed_s: float
-    generation: int
-    owner: LeaseOwner | None
-    epoch: int
+    return max(unreleased_s, 0.0 if stored_version == own.version - 1 else timing.landing_s)
 
 
 class LeaseWatch:
@@ -75,7 +74,7 @@ class LeaseWatch:
         self.renewed_s = proof.renewed_s
         self._proved_s = self._progress_s = now_s
         self._suspect = False
-        self.prove(proof, now_s)
+        self.prove(proof, epoch, now_s)
 
     @property
     def deadline_s(self) -> float:
@@ -94,8 +93,8 @@ class LeaseWatch:
             return "stale"
         return "fresh"
 
-    def prove(self, proof: LeaseProof, now_s: float) -> Verdict:
-        """Take what storage answered; returns ``fresh`` or ``lost``."""
+    def prove(self, proof: LeaseProof, stored_epoch: int, now_s: float) -> Verdict:
+        """Take what storage answered, and the epoch stored in the pool; returns ``fresh`` or ``lost``."""
         if self.reason is not None:
             return "lost"
         owner = proof.owner
@@ -103,8 +102,8 @@ class LeaseWatch:
             return self.lose("another host holds the lease" if owner else "the lease is free")
         if owner != self.own or proof.generation != self.own.generation:
             return self.lose("the lease belongs to another term of this host")
-        if proof.epoch > self.epoch:
-            return self.lose(f"the pool is at epoch {proof.epoch}, this term is {self.epoch}")
+        if stored_epoch > self.epoch:
+            return self.lose(f"the pool is at epoch {stored_epoch}, this term is {self.epoch}")
         if now_s >= proof.renewed_s + self.timing.deadline_s:
             return self.lose(f"no renewal for {now_s - proof.renewed_s:.0f} seconds")
         self.renewed_s = max(self.renewed_s, proof.renewed_s)
@@ -130,21 +129,27 @@ class LeaseWatch:
 class LeaseToken:
     """An :class:`~storage_pool.token.SpmToken` that asks storage when it must.
 
-    *clock* gives seconds including pauses, *prove* reads from storage (it
-    raises StorageError or LeaseError when it cannot); *lost* is called once,
-    by whoever notices the loss, before anybody is told.  Safe for threads.
+    *clock* gives seconds including pauses, *prove* reads from storage the
+    lease and the epoch stored in the pool (it raises StorageError or
+    LeaseError when it cannot); *connected* tells whether the daemon that
+    granted the lease still knows this process: one that was started anew
+    takes the host id under another generation, which frees the lease at once.
+    *lost* is called once, by whoever notices the loss, before anybody is
+    told.  Safe for threads.
     """
 
-    __slots__ = ("_clock", "_guard", "_lost", "_prove", "_told", "watch")
+    __slots__ = ("_clock", "_connected", "_guard", "_lost", "_prove", "_told", "watch")
 
     def __init__(
         self,
         watch: LeaseWatch,
         clock: Callable[[], float],
-        prove: Callable[[], LeaseProof],
+        prove: Callable[[], tuple[LeaseProof, int]],
         lost: Callable[[str], None],
+        connected: Callable[[], bool],
     ) -> None:
         self.watch = watch
+        self._connected = connected
         self._clock = clock
         self._prove = prove
         self._lost = lost
@@ -165,6 +170,8 @@ class LeaseToken:
         """Return if a change may begin now.  Raises: LeaseLost."""
         with self._guard:
             verdict = self.watch.judge(self._clock())
+            if verdict != "lost" and not self._connected():
+                verdict = self.watch.lose("the lease manager's daemon is gone")
             if verdict == "stale":
                 verdict = self._ask()
         if verdict == "lost":
@@ -175,11 +182,11 @@ class LeaseToken:
 
     def _ask(self) -> Verdict:
         try:
-            proof = self._prove()
+            proof, stored_epoch = self._prove()
         except (StorageError, LeaseError):
             return self.watch.failed(self._clock())
         # The clock after the answer: a pause while asking counts.
-        return self.watch.prove(proof, self._clock())
+        return self.watch.prove(proof, stored_epoch, self._clock())
 
     def _tell(self) -> None:
         with self._guard:

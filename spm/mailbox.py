@@ -298,8 +298,9 @@ class SpmMailbox:
     """The manager's side, for all hosts.
 
     The pages of the first :meth:`begin_write` empty the outbox.  Then, for
-    each read of the whole ``inbox``, call :meth:`scan`, carry the requests
-    out, tell :meth:`reply`, and write again.
+    each read of the whole ``inbox``, call :meth:`scan`, carry out what is
+    :meth:`pending` (a request whose carrying out was interrupted stays
+    there), tell :meth:`reply`, and write again.
     """
 
     __slots__ = ("_active", "_dirty", "_event", "_inbox", "_outbox", "_writing", "damaged", "hosts")
@@ -370,6 +371,10 @@ class SpmMailbox:
                 new.append(Incoming(number, request))
         return new
 
+    def pending(self) -> list[Incoming]:
+        """Return the requests that have no answer yet, in order of their ids."""
+        return [Incoming(number, self._active[number]) for number in sorted(self._active)]
+
     def reply(self, incoming: Incoming, size_mib: int) -> bool:
         """Answer a request, 0 for failure; returns whether its slot still holds it."""
         if self._active.get(incoming.message_id) != incoming.request:
@@ -393,14 +398,13 @@ class SpmMailbox:
         """Return what must be written to ``outbox``: (offset, bytes), adjacent pages together."""
         self._writing |= self._dirty
         self._dirty = set()
-        runs: list[tuple[int, bytes]] = []
+        runs: list[tuple[int, int]] = []
         for host in sorted(self._writing):
-            page = bytes(self._outbox[host * BOX_SIZE : (host + 1) * BOX_SIZE])
-            if runs and runs[-1][0] + len(runs[-1][1]) == host * BOX_SIZE:
-                runs[-1] = (runs[-1][0], runs[-1][1] + page)
+            if runs and runs[-1][1] == host:
+                runs[-1] = (runs[-1][0], host + 1)
             else:
-                runs.append((host * BOX_SIZE, page))
-        return runs
+                runs.append((host, host + 1))
+        return [(first * BOX_SIZE, bytes(self._outbox[first * BOX_SIZE : end * BOX_SIZE])) for first, end in runs]
 
     def written(self) -> None:
         """What :meth:`begin_write` returned last is on storage."""

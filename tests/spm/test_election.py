@@ -99,7 +99,8 @@ def test_being_slower_than_another_host_is_no_failure():
     host = Election(order(FREE)[0], TIMING)
     assert host.observe(0.0, FREE).kind == "contend"
     host.failed(0.0, held=True)
-    assert host.observe(0.0, FREE).kind == "contend"
+    assert host.observe(0.0, FREE).kind == "wait"
+    assert host.observe(TIMING.stagger_s, FREE).kind == "contend"
 
 
 def test_storage_that_came_back_makes_failures_forgotten():
@@ -111,12 +112,14 @@ def test_storage_that_came_back_makes_failures_forgotten():
     assert host.observe(3.0, FREE).kind == "contend"
 
 
-def test_s6_only_candidate_is_never_set_aside():
+def test_s6_only_candidate_tries_again_at_each_look():
     view = FREE._replace(candidates=(Candidate(4),))
     host = Election(4, TIMING)
     host.observe(0.0, view)
-    host.failed(0.0, held=False)
-    assert host.observe(0.0, view).kind == "contend"
+    for _ in range(5):
+        host.failed(0.0, held=False)
+    assert host.observe(0.0, view).kind == "wait"
+    assert host.observe(TIMING.poll_s, view).kind == "contend"
 
 
 def test_host_that_lost_its_lease_lets_others_go_first():

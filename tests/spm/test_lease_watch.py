@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from qcowlib.errors import StorageError
 from spm.errors import LeaseLost, NotSpm
-from spm.lease_watch import PASSING_ERRORS, LeaseProof, LeaseToken, LeaseWatch, next_epoch
+from spm.lease_watch import PASSING_ERRORS, LeaseToken, LeaseWatch, next_epoch
+from spm.proof import LeaseProof
 from spm.timing import ElectionTiming, LeaseTiming, budget, diagram
 from storage_pool.leases import LeaseOwner
 
@@ -19,7 +20,7 @@ TIMING = LeaseTiming(io_timeout_s=1.0)
 
 
 def proof(renewed_s, **changes):
-    return LeaseProof(renewed_s, OWN.generation, OWN, 5)._replace(**changes)
+    return LeaseProof(renewed_s, OWN.generation, OWN)._replace(**changes)
 
 
 class Host:
@@ -28,17 +29,23 @@ class Host:
     def __init__(self):
         self.now_s = 100.0
         self.answer = proof(100.0)
+        self.stored_epoch = 5
+        self.connected = True
         self.asked = 0
         self.lost = []
         self.token = LeaseToken(
-            LeaseWatch(TIMING, OWN, 5, self.answer, self.now_s), lambda: self.now_s, self.prove, self.lost.append
+            LeaseWatch(TIMING, OWN, 5, self.answer, self.now_s),
+            lambda: self.now_s,
+            self.prove,
+            self.lost.append,
+            lambda: self.connected,
         )
 
     def prove(self):
         self.asked += 1
         if isinstance(self.answer, Exception):
             raise self.answer
-        return self.answer
+        return self.answer, self.stored_epoch
 
 
 @pytest.fixture
@@ -101,7 +108,6 @@ def test_s2_lease_that_another_host_took_meanwhile_is_lost_for_good(host):
         ({"owner": OWN._replace(version=40)}, "another term"),
         ({"owner": OWN._replace(generation=4)}, "another term"),
         ({"generation": 4}, "another term"),
-        ({"epoch": 6}, "epoch 6"),
         ({"renewed_s": 95.0}, "no renewal"),
     ],
 )
@@ -110,6 +116,21 @@ def test_s2_what_is_not_this_term_is_refused(host, changes, words):
     host.answer = proof(host.now_s)._replace(**changes)
     with pytest.raises(LeaseLost, match=words):
         host.token.check()
+
+
+def test_s2_larger_epoch_in_the_pool_ends_the_term(host):
+    host.now_s += TIMING.recheck_s
+    host.answer = proof(host.now_s)
+    host.stored_epoch = 6
+    with pytest.raises(LeaseLost, match="epoch 6"):
+        host.token.check()
+
+
+def test_ls09_lease_of_a_daemon_that_went_away_is_lost_at_once(host):
+    host.connected = False
+    with pytest.raises(LeaseLost, match="daemon is gone"):
+        host.token.check()
+    assert host.asked == 0 and host.lost
 
 
 def test_s2_deadline_ends_the_right_although_storage_cannot_be_asked(host):
@@ -125,7 +146,7 @@ def test_s2_deadline_passes_while_asking(host):
 
     def slow():
         host.now_s += TIMING.deadline_s
-        return proof(100.0)
+        return proof(100.0), 5
 
     host.token._prove = slow
     with pytest.raises(LeaseLost, match="no renewal"):

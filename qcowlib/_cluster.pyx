@@ -599,6 +599,12 @@ cdef class ClusterMap:
         """Whether any of these host bytes hold metadata."""
         return self._is_guarded(offset, length)
 
+    def unguard_runs(self, RunList runs not None):
+        """As :meth:`unguard`, of the host bytes of every run."""
+        cdef size_t i
+        for i in range(runs.v.count):
+            self.unguard(runs.v.runs[i].host, runs.v.runs[i].length)
+
     def unguard(self, uint64_t offset, uint64_t length):
         """The clusters were freed and may hold anything."""
         cdef uint64_t cluster, at, hole, home

@@ -7,7 +7,7 @@ Invariant: runs are in guest order, and two neighbours that continue each other
 clusters are never merged: each has a descriptor of its own.
 """
 from libc.stdint cimport uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport free, malloc, qsort, realloc
 from libc.string cimport memcpy
 
 from qcowlib._ondisk cimport QC_NO_OFFSET, RUN_COMPRESSED, RUN_HOLE, RUN_SPARSE, RUN_ZERO
@@ -56,6 +56,12 @@ cdef void rv_free(RunVec *v) noexcept nogil:
     v.count = v.room = 0
 
 
+cdef int _by_host(const void *a, const void *b) noexcept nogil:
+    cdef const Run *one = <const Run *> a
+    cdef const Run *two = <const Run *> b
+    return (one.host > two.host) - (one.host < two.host)
+
+
 cdef class RunList:
     """A growable array of runs (kind, guest, length, host, layer)."""
 
@@ -66,6 +72,27 @@ cdef class RunList:
         """Append one run, merging it into the last one where it continues it."""
         if rv_append(&self.v, kind, guest, length, host, layer) < 0:
             raise MemoryError()
+
+    def extend(self, RunList other not None):
+        """Append all runs of *other*."""
+        cdef size_t i
+        cdef Run *run
+        for i in range(other.v.count):
+            run = &other.v.runs[i]
+            if rv_append(&self.v, run.kind, run.guest, run.length, run.host, run.layer) < 0:
+                raise MemoryError()
+
+    def sort_by_host(self):
+        """Put the runs in the order of their host offsets, compressed clusters last; join those that follow."""
+        cdef size_t i, count = self.v.count
+        cdef Run run
+        if count:
+            qsort(self.v.runs, count, sizeof(Run), _by_host)
+        # In place: never more runs than were read already.
+        self.v.count = 0
+        for i in range(count):
+            run = self.v.runs[i]
+            rv_append(&self.v, run.kind, run.guest, run.length, run.host, run.layer)
 
     def clear(self):
         """Forget all runs, keep the memory."""

@@ -3,6 +3,8 @@
 # cython: language_level=3
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from qcowlib._extent cimport Run
+
 cdef struct Block:
     uint8_t *data          # NULL: not in memory
     uint32_t dirty_lo      # bytes storage does not have yet; lo == hi: none
@@ -28,6 +30,7 @@ cdef class Refcounts:
     cdef readonly uint64_t table_dirty_hi
     cdef int _resize(self, uint64_t count) except -1
     cdef void _room(self) noexcept
+    cdef void _span(self, Run *run, uint64_t *first, uint64_t *count) noexcept nogil
     cdef void _set(self, Block *block, uint64_t i, uint64_t value) noexcept nogil
     cdef int find(self, uint64_t count, bint contiguous, uint64_t *first, uint64_t *got) noexcept nogil
     cdef void take_run(self, uint64_t first, uint64_t got, bint move_hint) noexcept nogil

@@ -15,8 +15,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
+from qcowlib._extent cimport Run, RunList, rv_append
 from qcowlib._ondisk cimport (
-    QC_COMPRESSED, QC_COPIED, QC_OFFSET_MASK, QC_RT_OFFSET_MASK, qc_be64, qc_get_refcount, qc_put64, qc_set_refcount,
+    RUN_COMPRESSED, RUN_DATA, QC_COMPRESSED, QC_COPIED, QC_OFFSET_MASK, QC_RT_OFFSET_MASK, qc_be64, qc_get_refcount, qc_put64, qc_set_refcount,
 )
 
 cdef enum:
@@ -207,6 +208,84 @@ cdef class Refcounts:
             if value == 0 and cluster < self.hint:
                 self.hint = cluster
         return OK, 0
+
+    cdef void _span(self, Run *run, uint64_t *first, uint64_t *count) noexcept nogil:
+        """The host clusters of a run."""
+        cdef uint64_t host = run.host, length = run.length
+        cdef unsigned shift
+        if run.kind == RUN_COMPRESSED:
+            # Source: the compressed cluster descriptor; data ends with its last sector.
+            shift = 70 - self.cluster_bits
+            length = (((host & (QC_COMPRESSED - 1)) >> shift) + 1) * 512
+            host &= (1ULL << (shift if shift < 56 else 56)) - 1
+            length -= host & 511
+        first[0] = host >> self.cluster_bits
+        count[0] = ((host + length - 1) >> self.cluster_bits) - first[0] + 1 if length else 0
+
+    def change_runs(self, RunList runs not None, size_t index, uint64_t inside, bint increment, RunList out not None):
+        """Add or take one reference on each cluster of *runs*, from cluster *inside* of run *index* on.
+
+        Taking one that is not there changes nothing.  Clusters whose count
+        becomes 0 go to *out*.  Returns ``(code, where, index, inside)``: 0, or
+        NEED with the block, or, adding, NO_BLOCK or RANGE with the cluster; and
+        how far it came.
+        """
+        cdef uint64_t first = 0, count = 0, block, value, cluster
+        cdef Run *run
+        while index < runs.v.count:
+            run = &runs.v.runs[index]
+            self._span(run, &first, &count)
+            while inside < count:
+                cluster = first + inside
+                block = cluster >> self.per_bits
+                if block >= self.table_size or (self.table[block] & QC_RT_OFFSET_MASK) == 0:
+                    if increment:
+                        return NO_BLOCK, cluster, index, inside
+                elif self.blocks[block].data == NULL:
+                    return NEED, block, index, inside
+                else:
+                    value = qc_get_refcount(self.blocks[block].data, cluster & (self.per_block - 1), self.order)
+                    if increment and value == self.maximum:
+                        return RANGE, cluster, index, inside
+                    if increment:
+                        self._set(&self.blocks[block], cluster & (self.per_block - 1), value + 1)
+                    elif value:
+                        self._set(&self.blocks[block], cluster & (self.per_block - 1), value - 1)
+                        if value == 1:
+                            if cluster < self.hint:
+                                self.hint = cluster
+                            if rv_append(&out.v, RUN_DATA, cluster << self.cluster_bits, 1ULL << self.cluster_bits,
+                                         cluster << self.cluster_bits, 0) < 0:
+                                raise MemoryError()
+                inside += 1
+            inside = 0
+            index += 1
+        return OK, 0, index, inside
+
+    def counted_once(self, RunList runs not None, size_t index, uint64_t inside, RunList out not None):
+        """Append to *out* the clusters of *runs*, compressed ones apart, whose count is one.
+
+        Arguments and result as :meth:`change_runs`.
+        """
+        cdef uint64_t first = 0, count = 0, block, cluster
+        while index < runs.v.count:
+            self._span(&runs.v.runs[index], &first, &count)
+            if runs.v.runs[index].kind == RUN_COMPRESSED:
+                count = 0
+            while inside < count:
+                cluster = first + inside
+                block = cluster >> self.per_bits
+                if block < self.table_size and self.table[block] & QC_RT_OFFSET_MASK:
+                    if self.blocks[block].data == NULL:
+                        return NEED, block, index, inside
+                    if qc_get_refcount(self.blocks[block].data, cluster & (self.per_block - 1), self.order) == 1:
+                        if rv_append(&out.v, RUN_DATA, cluster << self.cluster_bits, 1ULL << self.cluster_bits,
+                                     cluster << self.cluster_bits, 0) < 0:
+                            raise MemoryError()
+                inside += 1
+            inside = 0
+            index += 1
+        return OK, 0, index, inside
 
     cdef void _set(self, Block *block, uint64_t i, uint64_t value) noexcept nogil:
         cdef uint32_t lo = (i << self.order) >> 3

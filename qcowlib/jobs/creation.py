@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from qcowlib.errors import Error, FormatError, UsageError, printable
@@ -111,6 +111,9 @@ def new_storage(target: str | bytes | os.PathLike[str] | Storage, cache: CacheMo
         # Cutting an empty file would make ext4 write out everything when it is closed.
         if begun and storage.size:
             storage.resize(0)
+            # What ext4 remembers of that ends with the next close: better of this descriptor than of a full file.
+            with suppress(OSError):
+                os.close(os.open(f"/proc/self/fd/{storage.fileno()}", os.O_RDONLY))
         yield storage
     except BaseException:
         if begun:

@@ -27,10 +27,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from qcowlib.driver import COMPRESSED
 from qcowlib.errors import CorruptImage, Error, StorageError
 from qcowlib.native import RunList
-from qcowlib.ondisk import INCOMPAT_CORRUPT, INCOMPAT_DIRTY, OFFSET_MASK, unpack_compressed
+from qcowlib.ondisk import INCOMPAT_CORRUPT, INCOMPAT_DIRTY, OFFSET_MASK
 from qcowlib.qcow2.header_update import write_header
 from qcowlib.units import round_up
 
@@ -412,59 +411,36 @@ class Writeback:
             while ready:
                 freed, unmapped = ready.pop()
                 await self._punch(unmapped)
-                await self._release(unmapped, freed)
+                freed.extend(unmapped)
+                await self._release(freed)
         finally:
             self._limbo.extend(ready)
 
     async def _punch(self, unmapped: RunList) -> None:
         """Give space back to the file system while its count still keeps it from being reused (I4)."""
-        bits = self.header.cluster_bits
-        start = end = 0
+        if not len(unmapped):
+            return
+        plain = RunList()
+        plain.extend(unmapped)
+        # In host order: what was scattered in the guest often lies together in the file.
+        plain.sort_by_host()
         try:
-            # In host order: what was scattered in the guest often lies together in the file.
-            for kind, _, length, host, _ in sorted(unmapped, key=lambda run: run[3]):
-                if kind == COMPRESSED:
-                    continue
-                for cluster in range(host >> bits, (host + length) >> bits):
-                    if await self.store.get(cluster) != 1:
-                        continue
-                    if cluster << bits != end:
-                        await self._discard(start, end - start)
-                        start = cluster << bits
-                    end = (cluster + 1) << bits
-            await self._discard(start, end - start)
+            for _, _, length, host, _ in await self.store.counted_once(plain):
+                await self.runtime.io(self.storage.discard, host, length)
         except StorageError:
             # A hint that failed costs space only; the guest's request was carried out.
             return
 
-    async def _discard(self, offset: int, length: int) -> None:
-        if length > 0:
-            await self.runtime.io(self.storage.discard, offset, length)
-
-    async def _release(self, *freed: RunList) -> None:
+    async def _release(self, freed: RunList) -> None:
         """Drop a reference on every run, never twice; what an error leaves over waits for the next commit."""
         self.releases += 1
         for forget in self.on_release:
             forget()
-        runs = [run for part in freed for run in part]
+        emptied = RunList()
+        freed.sort_by_host()
         try:
-            while runs:
-                kind, _, length, host, _ = runs.pop()
-                await self._release_run(kind, host, length)
+            await self.store.release_runs(freed, emptied)
         finally:
-            if runs:
-                rest = RunList()
-                for run in runs:
-                    rest.add(*run)
-                self._limbo.append((rest, RunList()))
-
-    async def _release_run(self, kind: int, host: int, length: int) -> None:
-        bits = self.header.cluster_bits
-        if kind == COMPRESSED:
-            host, length = unpack_compressed(host, bits)
-        first, last = host >> bits, ((host + length - 1) >> bits) + 1
-        await self.store.change(first, last - first, False)
-        if self.cmap.guarded_in(host, length):
-            for cluster in range(first, last):
-                if await self.store.get(cluster) == 0:
-                    self.cmap.unguard(cluster << bits, 1)
+            self.cmap.unguard_runs(emptied)
+            if len(freed):
+                self._limbo.append((freed, RunList()))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import errno
 
+from qcowlib.driver import COMPRESSED, DATA
 from qcowlib.errors import CorruptImage
-from qcowlib.native import Refcounts
-from qcowlib.ondisk import MAX_REFCOUNT_TABLE_BYTES
+from qcowlib.native import Refcounts, RunList
+from qcowlib.ondisk import MAX_REFCOUNT_TABLE_BYTES, unpack_compressed
 from qcowlib.units import MiB
 
 TYPE_CHECKING = False
@@ -97,15 +98,66 @@ class RefcountStore:
             if code == _NEED:
                 await self.load(where)
                 continue
-            if code == _RANGE and increment:
-                offset = where << self.header.cluster_bits
-                raise AtMaximum(f"the refcount of the cluster at {offset:#x} is at its maximum", path=self.storage.name)
+            if code and increment:
+                raise self._refused(code, where if code == _RANGE else cluster)
             if code == _RANGE:
                 await self._change_each(cluster, part)
-            elif code == _NO_BLOCK and increment:
-                raise NotCovered(cluster << self.header.cluster_bits, cluster // per_block, self.storage.name)
             cluster += part
             count -= part
+
+    async def release_runs(self, runs: RunList, emptied: RunList) -> None:
+        """Take one reference from every cluster of *runs*; those whose count became 0 go to *emptied*.
+
+        One that is not there, in a damaged image, is not taken.  Raises what
+        reading a block raises; *runs* is always what is left to do.
+        """
+        index = inside = 0
+        try:
+            code = _NEED
+            while code:
+                code, where, index, inside = self.refs.change_runs(runs, index, inside, False, emptied)
+                if code:
+                    await self.load(where)
+        finally:
+            _, left = _split(runs, index, inside, self.header.cluster_bits)
+            runs.clear()
+            runs.extend(left)
+
+    async def counted_once(self, runs: RunList) -> RunList:
+        """The clusters of *runs*, compressed ones apart, that have exactly one reference."""
+        found = RunList()
+        index = inside = 0
+        while True:
+            code, where, index, inside = self.refs.counted_once(runs, index, inside, found)
+            if code == _OK:
+                return found
+            await self.load(where)
+
+    async def reference_runs(self, runs: RunList) -> None:
+        """Add one reference to every cluster of *runs*, or to none.
+
+        Raises CorruptImage when one would grow over the refcount width, or has no block.
+        """
+        index = inside = 0
+        code = _NEED
+        try:
+            while code:
+                code, where, index, inside = self.refs.change_runs(runs, index, inside, True, RunList())
+                if code == _NEED:
+                    await self.load(where)
+                elif code:
+                    raise self._refused(code, where)
+        except BaseException:
+            done, _ = _split(runs, index, inside, self.header.cluster_bits)
+            await self.release_runs(done, RunList())
+            raise
+
+    def _refused(self, code: int, cluster: int) -> CorruptImage:
+        """The error for a reference that cannot be added."""
+        offset = cluster << self.header.cluster_bits
+        if code == _RANGE:
+            return AtMaximum(f"the refcount of the cluster at {offset:#x} is at its maximum", path=self.storage.name)
+        return NotCovered(offset, cluster // self.refs.per_block, self.storage.name)
 
     async def _change_each(self, cluster: int, count: int) -> None:
         for one in range(cluster, cluster + count):
@@ -113,3 +165,22 @@ class RefcountStore:
             if code == _NEED:
                 await self.load(one // self.refs.per_block)
                 self.refs.change(one, 1, False)
+
+
+def _split(runs: RunList, index: int, inside: int, cluster_bits: int) -> tuple[RunList, RunList]:
+    """Cut *runs* before cluster *inside* of run *index*: those before, those from there on."""
+    before, after = RunList(), RunList()
+    if index >= len(runs):
+        return runs, after
+    for number, run in enumerate(runs):
+        kind, _, length, host, _ = run
+        if number != index or not inside:
+            (before if number < index else after).add(*run)
+            continue
+        if kind == COMPRESSED:
+            host, length = unpack_compressed(host, cluster_bits)
+        start = host >> cluster_bits << cluster_bits
+        middle = start + (inside << cluster_bits)
+        before.add(DATA, start, middle - start, start)
+        after.add(DATA, middle, host + length - middle, middle)
+    return before, after

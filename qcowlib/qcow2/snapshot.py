@@ -25,7 +25,9 @@ snapshot's mapping is never changed; only flags that nobody may trust there), I1
 
 from __future__ import annotations
 
-from qcowlib.driver import COMPRESSED, DATA
+import struct
+
+from qcowlib.driver import DATA
 from qcowlib.errors import CorruptImage, Error, UnsupportedFeature, UsageError, printable
 from qcowlib.native import RunList, l2_clear_copied, l2_references
 from qcowlib.ondisk import (
@@ -35,7 +37,6 @@ from qcowlib.ondisk import (
     SnapshotEntry,
     next_snapshot_id,
     pack_snapshots,
-    unpack_compressed,
 )
 from qcowlib.qcow2.directories import check_snapshot_l1, read_snapshots
 from qcowlib.qcow2.ordering import PREPARE
@@ -304,7 +305,7 @@ class _Change:
 
     async def _snapshot_l1(self, entry: SnapshotEntry) -> list[int]:
         data = await self.image.runtime.io(read_snapshot_l1, self.image, entry)
-        return [int.from_bytes(data[at : at + 8], "big") for at in range(0, len(data), 8)]
+        return list(struct.unpack(f">{len(data) // 8}Q", data))
 
     async def _tables(self, l1: list[int]) -> AsyncIterator[tuple[int, bytearray]]:
         """Yield (offset, bytes) of every L2 table that *l1* names, in file order, read in large pieces."""
@@ -354,14 +355,14 @@ class _Change:
 
         With *leak* it is not when a count has no room.
         """
-        done: list[tuple[int, int]] = []
+        store = self.image.changing.store
+        done = RunList()
         try:
-            async for first, count in self._reached(l1):
-                await self.image.changing.store.change(first, count, True)
-                done.append((first, count))
+            async for runs in self._reached(l1):
+                await store.reference_runs(runs)
+                done.extend(runs)
         except BaseException as error:
-            for first, count in done:
-                await self.image.changing.store.change(first, count, False)
+            await store.release_runs(done, RunList())
             if leak and isinstance(error, AtMaximum):
                 self.image.changing.queue(PREPARE, place, _pack_l1(l1))
             else:
@@ -381,34 +382,25 @@ class _Change:
 
     def _release(self, runs: RunList) -> None:
         """Queue the release of *runs*."""
-        for run in runs:
-            self.image.changing.freed.add(*run)
+        self.image.changing.freed.extend(runs)
 
     async def _references(self, l1: list[int]) -> RunList:
         """Everything that *l1* reaches.  Read before a publication, so that nothing is left to fail behind it."""
-        image = self.image
-        freed = RunList()
-        multiple = _multiplicity(l1)
-        async for offset, table in self._tables(l1):
-            for _ in range(multiple[offset]):
-                l2_references(table, image.header.cluster_bits, image.header.extended_l2, freed)
-                freed.add(DATA, offset, image.cluster_size, offset)
-        return freed
+        found = RunList()
+        async for runs in self._reached(l1):
+            found.extend(runs)
+        return found
 
-    async def _reached(self, l1: list[int]) -> AsyncIterator[tuple[int, int]]:
-        """Yield (first cluster, count) for every reference below *l1*."""
+    async def _reached(self, l1: list[int]) -> AsyncIterator[RunList]:
+        """Yield what each L2 table below *l1* maps, and the table; once for each time that it is named."""
         image = self.image
-        bits = image.header.cluster_bits
         multiple = _multiplicity(l1)
         async for offset, table in self._tables(l1):
-            runs = RunList()
-            l2_references(table, bits, image.header.extended_l2, runs)
             for _ in range(multiple[offset]):
-                yield offset >> bits, 1
-                for kind, _, length, host, _ in runs:
-                    if kind == COMPRESSED:
-                        host, length = unpack_compressed(host, bits)
-                    yield host >> bits, ((host + length - 1) >> bits) - (host >> bits) + 1
+                runs = RunList()
+                l2_references(table, image.header.cluster_bits, image.header.extended_l2, runs)
+                runs.add(DATA, offset, image.cluster_size, offset)
+                yield runs
 
     async def _set_flags(self) -> None:
         """Set COPIED in the active tables exactly where the count is one."""
@@ -458,7 +450,7 @@ def _multiplicity(l1: list[int]) -> dict[int, int]:
 
 
 def _pack_l1(words: list[int]) -> bytes:
-    return b"".join(word.to_bytes(8, "big") for word in words)
+    return struct.pack(f">{len(words)}Q", *words)
 
 
 def _name(image: Qcow2Image) -> str:

@@ -21,10 +21,12 @@ class Scale(NamedTuple):
     operations: int
     overlays: int
     rounds: int
+    pool_volumes: int = 7
+    pool_chain: int = 3
 
 
 SCALE = (
-    Scale(64 << 30, 65536, 1 << 40, 4 << 30, 1 << 30, 20000, 1000, 5)
+    Scale(64 << 30, 65536, 1 << 40, 4 << 30, 1 << 30, 20000, 1000, 5, 350, 20)
     if FULL
     else Scale(1 << 30, 256, 1 << 30, 8 << 20, 8 << 20, 50, 5, 1)
 )

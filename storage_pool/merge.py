@@ -21,16 +21,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from qcowlib.errors import Error
 from qcowlib.qcow2.check import check
 from qcowlib.qcow2.header_update import set_backing
 
 from . import metadata_volume as mv
-from .copying import copy_layers
+from .copying import copy_layers, layers_size
 from .domain import Domain
 from .errors import Illegal, NotFound
 from .image_group import ImageGroup
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
-from .sizes import max_size, optimal_cow_size
+from .sizes import CHUNK, max_size, optimal_cow_size
 from .volume import IMAGE_FORMATS, children_of, open_image, remove_volumes, set_role, zero_from
 
 if TYPE_CHECKING:
@@ -129,15 +130,50 @@ def _prepare(token: SpmToken, domain: Domain, base: str, top: str, top_record: V
             # New extents hold what they held; where top has nothing the disk reads zeros.
             zero_from(token, domain, base, record.capacity)
     elif domain.block:
-        # All of both fits, and never more than such a volume can need.
-        wanted = domain.size_of(base) + domain.size_of(top)
-        domain.extend(token, base, min(wanted, max_size(top_record.capacity, COW, block=True)))
+        domain.extend(token, base, _needed(domain, base, record, top, top_record))
     if record.capacity < top_record.capacity:
         domain.write_record(token, base, record._replace(capacity=top_record.capacity))
 
 
+def _enough(domain: Domain, base: str, top: str, capacity: int) -> int:
+    """Return a size in which all of both fits for certain, and not more than such a volume can need."""
+    return min(domain.size_of(base) + domain.size_of(top), max_size(capacity, COW, block=True))
+
+
+def _needed(domain: Domain, base: str, record: VolumeMetadata, top: str, top_record: VolumeMetadata) -> int:
+    """Return the size of a COW base on block storage that takes top: what both hold, and what lies unused in base."""
+    # Version 2 images have no zero clusters: what hides data below is data.
+    zeros = domain.metadata.version < 4
+    with open_image(domain, top, allow_illegal=True) as image:
+        both = layers_size(image, 2, zeros=zeros)
+    with open_image(domain, base, allow_illegal=True, backing=False) as image:
+        alone = layers_size(image, 1, zeros=zeros)
+    storage = domain.open_volume(base)
+    try:
+        report = check(storage)
+    finally:
+        storage.close()
+    enough = _enough(domain, base, top, top_record.capacity)
+    if report.failure or not report.image_end_offset:
+        return enough
+    room = CHUNK if top_record.voltype == mv.LEAF else 0
+    return min(both + max(0, report.image_end_offset - alone) + room, enough)
+
+
 def _commit(token: SpmToken, domain: Domain, base: str, top: str) -> None:
     """Write what top has into base; again and again is the same as once."""
+    try:
+        _write(token, domain, base, top)
+    except Error:
+        enough = _enough(domain, base, top, domain.record(top).capacity)
+        if not domain.block or domain.record(base).format == RAW or domain.size_of(base) >= enough:
+            raise
+        # The reckoning was short of something in the image that it does not know.
+        domain.extend(token, base, enough)
+        _write(token, domain, base, top)
+
+
+def _write(token: SpmToken, domain: Domain, base: str, top: str) -> None:
     with (
         open_image(domain, top, backing=False) as source,
         open_image(domain, base, writable=True, allow_illegal=True) as target,

@@ -304,15 +304,8 @@ def _in_thread(function: Callable[P, R]) -> Callable[P, asyncio.Future[R]]:
     return call
 
 
-_JOBS = frozenset(api.__all__) - {
-    "Image",
-    "Inspection",
-    "deny_all",
-    "directories",
-    "open",
-    "qemu_like",
-    "same_directory",
-}
+_NO_JOBS = {"deny_all", "directories", "open", "qemu_like", "same_directory"}
+_JOBS = {name for name in api.__all__ if name.islower()} - _NO_JOBS
 
 
 def __getattr__(name: str) -> object:

@@ -22,10 +22,15 @@ if TYPE_CHECKING:
     from qcowlib.jobs.dd import dd
     from qcowlib.jobs.measure import measure
     from qcowlib.jobs.rebase import rebase
+    from qcowlib.qcow2.amend import AmendOptions, KeyChange
+    from qcowlib.qcow2.bitmap import Bitmap
 
 __all__ = [
+    "AmendOptions",
+    "Bitmap",
     "Image",
     "Inspection",
+    "KeyChange",
     "backup",
     "commit",
     "compare",
@@ -45,7 +50,10 @@ __all__ = [
 ]
 
 _LATER = {
+    "AmendOptions": "qcow2.amend",
+    "Bitmap": "qcow2.bitmap",
     "Inspection": "inspection",
+    "KeyChange": "qcow2.amend",
     "backup": "jobs.backup",
     "commit": "jobs.commit",
     "compare": "jobs.compare",

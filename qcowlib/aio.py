@@ -236,7 +236,7 @@ class Image(OpenImage):
     # -- ending ----------------------------------------------------------------
 
     async def close(self) -> None:
-        """Commit what is left and close every file."""
+        """Make everything durable and close every file."""
         if self._closed:
             return
         self._closed = True

@@ -470,7 +470,7 @@ class Image(OpenImage):
     # -- ending ----------------------------------------------------------------
 
     def close(self) -> None:
-        """Commit what is left and close every file; what was not flushed may not be durable.
+        """Make everything durable and close every file.
 
         A second call does nothing.  Raises: StorageError; the files are closed then too.
         """

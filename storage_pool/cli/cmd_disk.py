@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parsers"]
 
 Run = Callable[[argparse.Namespace, Output], int]
+Add = Callable[[str, Run, str], argparse.ArgumentParser]
 
 
 def _size(text: str) -> int:
@@ -36,7 +37,7 @@ def _size(text: str) -> int:
 def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     """Add the subcommands of these subjects."""
 
-    def verbs_of(subject: str, text: str) -> Callable[[str, Run, str], argparse.ArgumentParser]:
+    def verbs_of(subject: str, text: str) -> Add:
         verbs = subjects.add_parser(subject, help=text).add_subparsers(dest="verb", required=True, metavar="VERB")
 
         def add(verb: str, run: Run, text: str) -> argparse.ArgumentParser:
@@ -47,7 +48,15 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
 
         return add
 
-    add = verbs_of("volume", "volumes of disks")
+    _add_volume_verbs(verbs_of("volume", "volumes of disks"))
+    images = verbs_of("image", "whole disks")
+    _add_disk_verbs(images)
+    add_image_verbs(images)
+    _add_template_verbs(verbs_of("template", "templates"))
+    _add_snapshot_verbs(verbs_of("snapshot", "snapshots of disks that nobody writes"))
+
+
+def _add_volume_verbs(add: Add) -> None:
     create = add("create", _create, "make a volume")
     create.add_argument("size", type=_size, metavar="SIZE", help="such as 10G")
     create.add_argument("--image", help="the disk it belongs to; a new one by default")
@@ -71,7 +80,9 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     remove.add_argument("volume")
     remove.add_argument("--zero", action="store_true", help="overwrite its data first")
     remove.add_argument("--discard", action="store_true", help="give its blocks back to the storage below")
-    add = verbs_of("image", "whole disks")
+
+
+def _add_disk_verbs(add: Add) -> None:
     show = add("show", _show, "show the chain of a disk and what is wrong with it")
     show.add_argument("image")
     copy = add("copy", _copy, "copy a disk, within the domain or to another")
@@ -83,8 +94,9 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     drop.add_argument("image")
     drop.add_argument("--zero", action="store_true", help="overwrite its data first")
     drop.add_argument("--discard", action="store_true", help="give its blocks back to the storage below")
-    add_image_verbs(add)
-    add = verbs_of("template", "templates")
+
+
+def _add_template_verbs(add: Add) -> None:
     add("list", _templates, "list templates")
     for verb, run, text in (
         ("thin", _thin, "make a disk that stands on a template"),
@@ -98,7 +110,9 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     template.add_argument("image")
     template.add_argument("--description", default=None)
     template.add_argument("-p", "--progress", action="store_true", help="tell the progress on standard error")
-    add = verbs_of("snapshot", "snapshots of disks that nobody writes")
+
+
+def _add_snapshot_verbs(add: Add) -> None:
     take = add("create", _snapshot, "take a snapshot")
     take.add_argument("image")
     for verb, run, text in (

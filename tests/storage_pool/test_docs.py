@@ -23,15 +23,16 @@ def test_the_example_runs_and_leaves_a_sound_domain(project_root, tmp_path):
     assert report.clean and (report.images, report.volumes) == (3, 3)
 
 
-def test_the_example_of_the_readme_is_short_and_runs(project_root, tmp_path, capsys):
+def test_the_example_of_the_readme_is_short_and_runs(project_root, tmp_path, capsys, monkeypatch):
     (code,) = [text for text in examples(project_root / "README.md") if "storage_pool" in text]
-    assert len(code.splitlines()) <= 20 and code.count('"/srv/pool"') == 1
-    exec(compile(code.replace("/srv/pool", str(tmp_path)), "example", "exec"), {})
-    first, last = capsys.readouterr().out.splitlines()
-    assert first == "b'hello'" and last.endswith("True")
+    lines = [line for line in code.splitlines() if not line.startswith("# ->")]
+    assert len(lines) <= 20
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "example", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == ["b'hello'", "3 True"]
     with connect(tmp_path) as engine:
         (pool,), (data,) = engine.pools(), engine.domains()
-        assert pool.members == {data.uuid: "Active"} and len(data.disks()) == 3
+        assert pool.members == {data.uuid: "Active"}
 
 
 @pytest.mark.parametrize("name", ["Engine", "Disk", "connect"])

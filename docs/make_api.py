@@ -22,6 +22,9 @@ TARGET = ROOT / "docs/api.md"
 
 _WIDTH = 100
 
+# Modules whose own text says what their names leave out.
+_WITH_TEXT = ("jobs/convert.py", "jobs/backup.py", "driver.py")
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 HEAD = """\
@@ -133,7 +136,7 @@ def render() -> str:
         if section.text:
             lines.append(f"{section.text}\n")
         for file, names in section.modules.items():
-            lines.extend(_module(file, names, overview=not names))
+            lines.extend(_module(file, names, overview=not names or file in _WITH_TEXT))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 

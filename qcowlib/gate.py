@@ -128,9 +128,8 @@ def resolve_name(kind: Kind, path: str, owner: str) -> str:
 
 class _DenyAll:
     def open(self, kind: Kind, name: str, owner: str, *, writable: bool, cache: str) -> FileStorage:
-        raise GateDenied(
-            f"the image names a {kind.replace('-', ' ')} ('{printable(name)}'), which the policy forbids", path=owner
-        )
+        what = "backing file" if kind == "backing" else "data file"
+        raise GateDenied(f"the image names a {what} ('{printable(name)}'), which the policy forbids", path=owner)
 
 
 class _QemuLike:

@@ -293,24 +293,32 @@ class LuksHeader(NamedTuple):
         *,
         keyslot: int | None = None,
         iter_time: int | None = None,
+        force: bool = False,
         clock: Callable[[], float] | None = None,
     ) -> list[tuple[int, bytes]]:
         """Return the writes (offset in the header, bytes) that let *new* unlock as well.
 
         Each must be durable before the next.  *keyslot*: which one to use,
-        it must be free; else the first free one.
+        it must be free, unless with *force*; else the first free one.
         """
+        free = next((index for index, slot in enumerate(self.slots) if not slot.active), None)
         if keyslot is not None:
             self._check_slot(keyslot)
-            if self.slots[keyslot].active:
+            if self.slots[keyslot].active and not force:
                 raise UsageError(f"Refusing to overwrite active keyslot {keyslot} - please erase it first")
-        else:
-            keyslot = next((index for index, slot in enumerate(self.slots) if not slot.active), None)
-            if keyslot is None:
-                raise UsageError("Can't add a keyslot - all keyslots are in use")
+        elif free is None:
+            raise UsageError("Can't add a keyslot - all keyslots are in use")
         _, key = self.unlock(area, old)
         time = _DEFAULT_TIME if iter_time is None else iter_time
-        return self._fill_slot(keyslot, key, passphrase_of(new), time, clock)
+        phrase = passphrase_of(new)
+        if keyslot is None or not self.slots[keyslot].active or free is None:
+            return self._fill_slot(free if keyslot is None else keyslot, key, phrase, time, clock)  # type: ignore[arg-type]
+        # While the slot is being overwritten, the new key has another one: at any moment one works.
+        return [
+            *self._fill_slot(free, key, phrase, time, clock),
+            *self._fill_slot(keyslot, key, phrase, time, clock),
+            *self._clear_slot(free),
+        ]
 
     def erase_keys(
         self,
@@ -328,7 +336,7 @@ class LuksHeader(NamedTuple):
         active = [index for index, slot in enumerate(self.slots) if slot.active]
         if keyslot is not None:
             self._check_slot(keyslot)
-            if keyslot not in active:
+            if keyslot not in active and not force:
                 raise UsageError(f"Given keyslot {keyslot} is already erased (inactive) ")
             if old is not None and keyslot not in self._slots_of(area, old, [keyslot]):
                 raise UsageError(f"Given keyslot {keyslot} doesn't contain the given old password for erase operation")
@@ -346,13 +354,16 @@ class LuksHeader(NamedTuple):
             )
         if chosen == active and not force:
             raise UsageError(f"{refusal} all the data in the image irreversibly - refusing operation")
-        writes = []
+        writes: list[tuple[int, bytes]] = []
         for index in chosen:
-            slot = self.slots[index]._replace(active=False, iterations=0, salt=bytes(32))
-            slots = (*self.slots[:index], slot, *self.slots[index + 1 :])
-            writes.append((_FIXED.size + index * _SLOT.size, self._replace(slots=slots).pack_slot(index)))
-            writes.append((slot.offset, os.urandom(self.key_bytes * _STRIPES)))
+            writes += self._clear_slot(index)
         return writes
+
+    def _clear_slot(self, index: int) -> list[tuple[int, bytes]]:
+        slot = self.slots[index]._replace(active=False, iterations=0, salt=bytes(32))
+        slots = (*self.slots[:index], slot, *self.slots[index + 1 :])
+        entry = self._replace(slots=slots).pack_slot(index)
+        return [(_FIXED.size + index * _SLOT.size, entry), (slot.offset, os.urandom(self.key_bytes * _STRIPES))]
 
     def _check_slot(self, keyslot: int) -> None:
         if not 0 <= keyslot < _SLOTS:

@@ -394,7 +394,12 @@ async def _change_keys(image: Qcow2Image, change: KeyChange) -> None:
     header = LuksHeader.parse(area)
     if change.state == "active" and change.new_secret is not None and change.secret is not None:
         writes = header.add_key(
-            area, change.secret, change.new_secret, keyslot=change.keyslot, iter_time=change.iter_time
+            area,
+            change.secret,
+            change.new_secret,
+            keyslot=change.keyslot,
+            iter_time=change.iter_time,
+            force=change.force,
         )
     else:
         writes = header.erase_keys(area, keyslot=change.keyslot, old=change.old_secret, force=change.force)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from qcowlib.driver import DATA
 from qcowlib.errors import CorruptImage
-from qcowlib.ondisk import COMPRESSED, COPIED, CRYPT_LUKS, MAX_L1_BYTES, OFFSET_MASK, ZERO
-from qcowlib.qcow2.directories import read_snapshots
+from qcowlib.ondisk import COMPRESSED, COPIED, CRYPT_LUKS, OFFSET_MASK, ZERO
+from qcowlib.qcow2.directories import check_snapshot_l1, read_snapshots
 from qcowlib.qcow2.ordering import PUBLISH
 from qcowlib.units import SECTOR, MiB, round_up
 
@@ -68,13 +68,10 @@ async def _l1_tables(image: Qcow2Image) -> list[list[int]]:
     """The active L1 table, then those of the snapshots."""
     found = [[image.cmap.l1_entry(index) for index in range(image.cmap.l1_size)]]
     for entry in await image.runtime.io(read_snapshots, image.storage, image.header):
-        length = 8 * entry.l1_size
-        end = entry.l1_table_offset + length
-        if length > MAX_L1_BYTES or entry.l1_table_offset % image.cluster_size or end > image.storage.size:
-            raise CorruptImage("the L1 table of a snapshot is not inside the file", path=image.storage.name)
-        data = bytearray(length)
+        check_snapshot_l1(entry, image.cluster_size, image.storage)
+        data = bytearray(8 * entry.l1_size)
         await image.runtime.io(image.storage.read_into, entry.l1_table_offset, [data])
-        found.append([int.from_bytes(data[at : at + 8], "big") for at in range(0, length, 8)])
+        found.append([int.from_bytes(data[at : at + 8], "big") for at in range(0, len(data), 8)])
     return found
 
 

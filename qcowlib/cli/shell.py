@@ -171,7 +171,7 @@ def main() -> int:
     """Write all files below the working directory."""
     for name, make in FILES.items():
         os.makedirs(os.path.dirname(name), exist_ok=True)  # noqa: PTH103
-        with open(name, "w", encoding="utf-8") as file:  # noqa: PTH123
+        with open(name, "w", encoding="utf-8") as file:
             file.write(make())
     return 0
 

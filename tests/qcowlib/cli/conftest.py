@@ -30,9 +30,18 @@ class Outcome(NamedTuple):
     err: str
 
 
+def _run(command: list[str], where: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a real program; making LUKS keys fails now and then on a busy machine."""
+    for _ in range(20):
+        done = subprocess.run(command, cwd=where, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        if b"accurate CPU usage" not in done.stderr:
+            break
+    return done
+
+
 def run_real(argv: Sequence[str], where: Path) -> Outcome:
     """Run the real qemu-img."""
-    done = subprocess.run(["qemu-img", *argv], cwd=where, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    done = _run(["qemu-img", *argv], where)
     return Outcome(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
@@ -75,15 +84,6 @@ def visible(outcome: Outcome) -> Outcome:
     return Outcome(outcome.status, out, err)
 
 
-def _prepare(command: list[str], where: Path) -> None:
-    """Run a real program that must succeed; making LUKS keys fails now and then on a busy machine."""
-    for _ in range(20):
-        done = subprocess.run(command, cwd=where, capture_output=True, stdin=subprocess.DEVNULL, check=False)
-        if b"accurate CPU usage" not in done.stderr:
-            break
-    done.check_returncode()
-
-
 class Pair:
     """Two scratch directories that start out equal."""
 
@@ -102,7 +102,7 @@ class Pair:
                 if words[0] == "io":
                     program, name, *commands = "qemu-io", *words[1:]
                     words = [word for command in commands for word in ("-c", command)] + [name]
-                _prepare([program, *words], where)
+                _run([program, *words], where).check_returncode()
 
     def compare(self, line: str | Sequence[str], *, sizes: bool = True) -> Outcome:
         """Run *line* with both programs; the visible outcome must be the same, and is returned.

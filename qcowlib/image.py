@@ -257,6 +257,26 @@ class Image(OpenImage):
             self._runtime.run(self._chain.write(offset, view))
         return len(view)
 
+    def pwrite_many(self, pieces: Iterable[tuple[int, ReadableBuffer]]) -> int:
+        """Write each ``(offset, data)``, in ascending order without overlap; returns the bytes written.
+
+        As many calls of :meth:`pwrite`, but new space for scattered clusters is
+        taken and written together.  Raises: UsageError for another order,
+        OutOfRange (nothing is written), and as :meth:`pwrite`.
+        """
+        self._check_writable()
+        size, end, checked = self._chain.size, 0, []
+        for offset, data in pieces:
+            view = memoryview(data).cast("B")
+            check_range(offset, len(view), size, self.path)
+            if offset < end:
+                raise UsageError("the pieces must ascend without overlap", path=self.path)
+            end = offset + len(view)
+            if len(view):
+                checked.append((offset, view))
+        self._runtime.run(self._chain.writer.write_many(checked))
+        return sum(len(view) for _, view in checked)
+
     def write_compressed(self, data: ReadableBuffer, offset: int) -> None:
         """Store one whole guest cluster compressed, where nothing is allocated yet.
 

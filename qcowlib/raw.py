@@ -64,6 +64,11 @@ class RawWriter:
         """Write *data* at *offset*."""
         await self.image.runtime.io(self.image.storage.write, offset, [data])
 
+    async def write_many(self, pieces: list[tuple[int, memoryview]]) -> None:
+        """Write each ``(offset, data)``."""
+        for offset, data in pieces:
+            await self.write(offset, data)
+
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the range read as zeros, as a hole where *unmap* allows."""
         storage = self.image.storage

@@ -118,11 +118,13 @@ class Copier:
             return self._work_offload(unit, buffer, turn, self.offload)
         actions: list[Action] = []
         used = done = 0
+        together = _read_together(unit, buffer)
         for stretch in unit:
             if stretch.status == COPY:
                 view = buffer[used : used + stretch.length]
                 used += stretch.length
-                self._read(stretch, view)
+                if not together:
+                    self._read(stretch, view)
                 actions.extend(self._compressed(stretch, view) if self.compress else self._plain(stretch, view))
             elif stretch.status == PACKED:
                 actions.append(Action(stretch.start, stretch.length, self._packed(stretch), True))
@@ -269,6 +271,34 @@ def read_error(part: Part, error: Error, start: int, text: str = "error while re
         code = error.errno or errno.EIO
         return StorageError(code, path=error.path, operation="read", offset=at, message=f"{where}: {os.strerror(code)}")
     return CorruptImage(f"{where}: {error.message}", path=error.path)
+
+
+def _read_together(unit: list[Stretch], buffer: memoryview) -> bool:
+    """Read the many small stretches of a unit by one call, one behind the other; ``False``: not done.
+
+    Only what is plain data of one image: the runs are given other guest
+    offsets, those in the buffer.  Whoever reads again learns what is wrong.
+    """
+    runs, image, used = RunList(), None, 0
+    if len(unit) < 2:
+        return False
+    for stretch in unit:
+        for part in stretch.parts if stretch.status == COPY else ():
+            if image is not None and part.source.image is not image:
+                return False
+            image = part.source.image
+            for kind, _, length, host, layer in part.runs:
+                if kind != DATA or not image.layers[layer].plain:
+                    return False
+                runs.add(kind, used, length, host, layer)
+                used += length
+    if image is None:
+        return False
+    try:
+        image.read_runs(runs, buffer, 0)
+    except (StorageError, CorruptImage):
+        return False
+    return True
 
 
 def _fd_at(storage: Storage, offset: int, length: int) -> tuple[int, int]:

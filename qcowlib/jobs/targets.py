@@ -163,13 +163,18 @@ class ImageTarget:
 
     def place(self, actions: Sequence[Action]) -> list[Placed]:
         image = self.image
+        plain: list[tuple[int, Buffer]] = []
         for offset, length, data, packed in actions:
+            if data is not None and not packed:
+                plain.append((offset, data))
+                continue
+            image.pwrite_many(plain)
+            plain.clear()
             if data is None:
                 self._zero(offset, length)
-            elif packed:
-                image.write_compressed(data, offset)
             else:
-                image.pwrite(data, offset)
+                image.write_compressed(data, offset)
+        image.pwrite_many(plain)
         return []
 
     def _zero(self, offset: int, length: int) -> None:

@@ -16,6 +16,7 @@ error the space taken is given back and nothing was mapped.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 from qcowlib.driver import DATA
@@ -38,6 +39,7 @@ _NEED: Final = -1
 _CORRUPT: Final = -2
 _IN_PLACE: Final = 0
 _REUSE: Final = 1
+_ALLOCATE: Final = 2
 
 #: Data written by one call at most: what an allocation may have to give back.
 _PIECE = 32 * MiB
@@ -78,6 +80,20 @@ class Writer:
     async def write(self, offset: int, data: memoryview) -> None:
         """Write *data* at guest *offset*; the caller has checked the bounds."""
         await self._each(offset, len(data), lambda at, most: self._write_piece(at, data[at - offset :][:most]))
+
+    async def write_many(self, pieces: list[tuple[int, memoryview]]) -> None:
+        """Write each ``(guest offset, data)``, ascending and apart.
+
+        Whole clusters that need space get it together, and are written by one call.
+        """
+        image = self.image
+        if image.on_change or not image.plain or image.cmap.extended or image.cmap.has_data_file:
+            for offset, data in pieces:
+                await self.write(offset, data)
+        elif pieces:
+            start, (last, data) = pieces[0][0], pieces[-1]
+            left = deque(pieces)
+            await self._each(start, last + len(data) - start, lambda at, _: self._write_next(at, left))
 
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make the range read as zeros, giving space back where *unmap* allows."""
@@ -216,6 +232,53 @@ class Writer:
         if action == _REUSE:
             return await self._write_reuse(offset, data, host)
         return await self._write_allocate(offset, data)
+
+    async def _write_next(self, at: int, left: deque[tuple[int, memoryview]]) -> int:
+        """Write the first of the pieces that are *left*, all at or behind *at*; returns how far that came."""
+        image = self.image
+        together = await self._to_allocate(left)
+        if not together:
+            offset, data = left.popleft()
+            done = await self._write_piece(offset, data)
+            if done < len(data):
+                left.appendleft((offset + done, data[done:]))
+            return offset + done - at
+        size = image.cluster_size
+        host, count, _ = await image.allocation.clusters(sum(len(data) for _, data in together) // size)
+        try:
+            together = _first_bytes(together, count * size)
+            await self._store(host, together[0][0], [data for _, data in together])
+            for offset, data in together:
+                await self.own_table(offset)
+                part = len(data) // size
+                image.cmap.set_data(offset, part, host, offset, offset + len(data), image.changing.freed)
+                host, count = host + len(data), count - part
+        except BaseException:
+            if count:
+                await image.allocation.release(host, count)
+            raise
+        offset = at
+        for start, data in together:
+            whole = left.popleft()[1]
+            offset = start + len(data)
+            if len(data) < len(whole):
+                left.appendleft((offset, whole[len(data) :]))
+        return offset - at
+
+    async def _to_allocate(self, left: deque[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+        """The leading pieces that are whole clusters in need of space, cut where their tables end."""
+        image, found = self.image, []
+        for offset, data in left:
+            most = min(len(data), await self.own_table(offset))
+            if offset % image.cluster_size or len(data) % image.cluster_size:
+                break
+            action, length, _ = image.cmap.plan_write(offset, most)
+            if action != _ALLOCATE:
+                break
+            found.append((offset, data[:length]))
+            if length < len(data):
+                break
+        return found
 
     async def _write_reuse(self, offset: int, data: memoryview, host: int) -> int:
         """Write into clusters that have their own space, but read as zeros or from below there."""
@@ -481,3 +544,13 @@ class Writer:
             offset, COMPRESSED_FLAG | pack_compressed(place, len(packed), image.header.cluster_bits), 0
         )
         return image.cluster_size
+
+
+def _first_bytes(pieces: list[tuple[int, memoryview]], length: int) -> list[tuple[int, memoryview]]:
+    """The pieces that hold the first *length* bytes, the last one cut."""
+    found = []
+    for offset, data in pieces:
+        if length:
+            found.append((offset, data[:length]))
+        length -= min(length, len(data))
+    return found

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.real("qemu-img")
 
 SIZE = 4 << 20
 #: What makes no sense on a loop, or is a building block of jobs, which run in a thread.
-SYNC_ONLY = {"empty", "file", "map", "preadinto_many", "read_runs", "write_compressed"}
+SYNC_ONLY = {"empty", "file", "map", "preadinto_many", "pwrite_many", "read_runs", "write_compressed"}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from random import Random
 
 import pytest
@@ -100,6 +101,18 @@ class Session:
                     self.image.write_compressed(data, at)
                 return
 
+    def many(self) -> None:
+        """Pieces of whole clusters and of less, by one call."""
+        size = self.image.cluster_size
+        assert size is not None
+        chosen = sorted(self.rng.sample(range(self.model.size // size), 4))
+        with ExitStack() as stack:
+            pieces = []
+            for cluster in chosen:
+                length = size if self.rng.random() < 0.8 else 512
+                pieces.append((cluster * size, stack.enter_context(self.model.write(cluster * size, length))))
+            self.image.pwrite_many(pieces)
+
     def run(self, steps: list[Callable[[], None]], count: int) -> None:
         for _ in range(count):
             self.rng.choice(steps)()
@@ -141,6 +154,9 @@ def session(name: str, seed: int) -> Session:
     elif name == "data-file":
         s = Session(options(data_file=b"data"), seed=seed)
         s.run([s.write, s.write, s.zero, s.flush], 20)
+    elif name == "many":
+        s = Session(options(backing_file=b"base", backing_format=b"raw"), base=base_content(), prepare=5, seed=seed)
+        s.run([s.many, s.many, s.write, s.discard, s.flush], 16)
     elif name == "old-version":
         s = Session(options(version=2, refcount_bits=16), seed=seed)
         s.run([s.write, s.write, s.discard, s.flush], 30)
@@ -159,6 +175,7 @@ WORKLOADS = [
     "extended-l2",
     "compressed",
     "data-file",
+    "many",
     "old-version",
     "reopen",
 ]

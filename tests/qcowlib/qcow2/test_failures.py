@@ -15,6 +15,7 @@ import errno
 import os
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
@@ -134,6 +135,18 @@ class Session:
         with self.model.flush():
             self.image.resize(SIZE, shrink=True)
 
+    def many(self) -> None:
+        """Pieces of whole clusters and of less, by one call."""
+        size = self.image.cluster_size
+        assert size is not None
+        chosen = sorted(self.rng.sample(range(SIZE // size), 4))
+        with ExitStack() as stack:
+            pieces = []
+            for cluster in chosen:
+                length = size if self.rng.random() < 0.8 else 512
+                pieces.append((cluster * size, stack.enter_context(self.model.write(cluster * size, length))))
+            self.image.pwrite_many(pieces)
+
     def run(self, steps: list[Callable[[], None]], count: int) -> None:
         """Every step is tried, whatever became of those before."""
         for step in (self.rng.choice(steps) for _ in range(count)):
@@ -175,6 +188,7 @@ WORKLOADS: dict[str, tuple[dict[str, object], str, int]] = {
     "lazy": ({"lazy_refcounts": True}, "write write discard flush", 12),
     "extended": ({"cluster_size": 16384, "extended_l2": True}, "write write zero discard flush", 10),
     "compressed": ({"cluster_size": 4096}, "compressed compressed write discard flush", 12),
+    "many": ({}, "many many discard snapshot flush", 8),
     "data-file": ({"data_file": b"d"}, "write zero discard flush", 10),
     "snapshots": ({}, "write write snapshot revert delete flush", 9),
     "resize": ({}, "write write grow flush", 7),

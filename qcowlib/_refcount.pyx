@@ -262,8 +262,8 @@ cdef class Refcounts:
             index += 1
         return OK, 0, index, inside
 
-    def counted_once(self, RunList runs not None, size_t index, uint64_t inside, RunList out not None):
-        """Append to *out* the clusters of *runs*, compressed ones apart, whose count is one.
+    def counted(self, RunList runs not None, size_t index, uint64_t inside, uint64_t wanted, RunList out not None):
+        """Append to *out* the clusters of *runs*, compressed ones apart, whose count is *wanted*.
 
         Arguments and result as :meth:`change_runs`.
         """
@@ -278,7 +278,9 @@ cdef class Refcounts:
                 if block < self.table_size and self.table[block] & QC_RT_OFFSET_MASK:
                     if self.blocks[block].data == NULL:
                         return NEED, block, index, inside
-                    if qc_get_refcount(self.blocks[block].data, cluster & (self.per_block - 1), self.order) == 1:
+                    if qc_get_refcount(
+                        self.blocks[block].data, cluster & (self.per_block - 1), self.order
+                    ) == wanted:
                         if rv_append(&out.v, RUN_DATA, cluster << self.cluster_bits, 1ULL << self.cluster_bits,
                                      cluster << self.cluster_bits, 0) < 0:
                             raise MemoryError()

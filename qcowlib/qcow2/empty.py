@@ -10,6 +10,7 @@ a loss.  Snapshots keep what they refer to.
 from __future__ import annotations
 
 from qcowlib.errors import UsageError
+from qcowlib.native import RunList
 from qcowlib.qcow2.resize import cut_tail
 
 TYPE_CHECKING = False
@@ -31,11 +32,17 @@ async def empty(writer: Writer) -> None:
     await writer.quiesce()
     try:
         await image.changing.commit()
-        await writer.unmap_behind(0)
+        gone = RunList()
+        try:
+            await writer.unmap_behind(0, gone)
+        finally:
+            image.changing.freed.extend(gone)
         # The second commit writes the counts of what the first one released.
         await image.changing.commit()
         await image.changing.commit()
         if image.data is image.storage:
             await cut_tail(writer)
+            # Most went with the end of the file: no need to punch that as well.
+            await image.changing.punch_free(gone)
     finally:
         writer.resume()

@@ -416,7 +416,7 @@ class Writeback:
         finally:
             self._limbo.extend(ready)
 
-    async def _punch(self, unmapped: RunList) -> None:
+    async def _punch(self, unmapped: RunList, count: int = 1) -> None:
         """Give space back to the file system while its count still keeps it from being reused (I4)."""
         if not len(unmapped):
             return
@@ -425,11 +425,17 @@ class Writeback:
         # In host order: what was scattered in the guest often lies together in the file.
         plain.sort_by_host()
         try:
-            for _, _, length, host, _ in await self.store.counted_once(plain):
-                await self.runtime.io(self.storage.discard, host, length)
+            for _, _, length, host, _ in await self.store.counted(plain, count):
+                length = min(length, self.storage.size - host)
+                if length > 0:
+                    await self.runtime.io(self.storage.discard, host, length)
         except StorageError:
             # A hint that failed costs space only; the guest's request was carried out.
             return
+
+    async def punch_free(self, gone: RunList) -> None:
+        """Give back those clusters of *gone* that are free by now; nobody else may be changing the image."""
+        await self._punch(gone, 0)
 
     async def _release(self, freed: RunList) -> None:
         """Drop a reference on every run, never twice; what an error leaves over waits for the next commit."""

@@ -123,12 +123,12 @@ class RefcountStore:
             runs.clear()
             runs.extend(left)
 
-    async def counted_once(self, runs: RunList) -> RunList:
-        """The clusters of *runs*, compressed ones apart, that have exactly one reference."""
+    async def counted(self, runs: RunList, count: int) -> RunList:
+        """The clusters of *runs*, compressed ones apart, that have exactly *count* references."""
         found = RunList()
         index = inside = 0
         while True:
-            code, where, index, inside = self.refs.counted_once(runs, index, inside, found)
+            code, where, index, inside = self.refs.counted(runs, index, inside, count, found)
             if code == _OK:
                 return found
             await self.load(where)

@@ -479,10 +479,14 @@ class Writer:
         change(offset, count)
         return length
 
-    async def unmap_behind(self, start: int) -> None:
-        """Drop every mapping from cluster-aligned guest offset *start* to the end of L1 (the gate is closed)."""
+    async def unmap_behind(self, start: int, gone: RunList | None = None) -> None:
+        """Drop every mapping from cluster-aligned guest offset *start* to the end of L1 (the gate is closed).
+
+        The space goes to *gone*, by default to what is released and punched after the next commit.
+        """
         image = self.image
         cmap = image.cmap
+        gone = image.changing.unmapped if gone is None else gone
         span = cmap.l2_entries << cmap.cluster_bits
         index = start // span
         while index < cmap.l1_size:
@@ -492,19 +496,19 @@ class Writer:
             if start > index * span:
                 await self.own_table(start)
                 count = ((index + 1) * span - start) // image.cluster_size
-                cmap.set_hole(start, count, image.changing.unmapped)
+                cmap.set_hole(start, count, gone)
             else:
-                await self._drop_table(index)
+                await self._drop_table(index, gone)
             index += 1
 
-    async def _drop_table(self, index: int) -> None:
+    async def _drop_table(self, index: int, gone: RunList) -> None:
         """Release an L2 table and everything it maps: its L1 entry goes, the table itself stays as it is."""
         image = self.image
         cmap = image.cmap
         while not cmap.loaded(index):
             await image.tables.load(index)
         place = cmap.l1_entry(index) & OFFSET_MASK
-        cmap.drop(index, image.changing.unmapped)
+        cmap.drop(index, gone)
         cmap.set_l1(index, 0)
         image.changing.freed.add(DATA, place, image.cluster_size, place)
 

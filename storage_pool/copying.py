@@ -26,7 +26,7 @@ from qcowlib.units import round_down, round_up
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["Progress", "copy_disk", "copy_layers", "layers_size", "no_progress"]
+__all__ = ["Progress", "carry_bitmaps", "copy_disk", "copy_layers", "layers_size", "no_progress"]
 
 Progress = Callable[[int, int], object]
 
@@ -131,3 +131,25 @@ def layers_size(image: qcowlib.Image, depth: int, *, zeros: bool = False) -> int
                 end = max(end, round_up(offset, _CLUSTER))
                 used += end - start
     return measure(image.size).required + used
+
+
+def carry_bitmaps(source: qcowlib.Image, target: qcowlib.Image) -> list[str]:
+    """Let bitmaps of *target* also record what those of *source* have; returns their names.
+
+    Both are single layers of one size.  Bitmaps that are disabled or were not
+    saved are of no use to anybody: those of the target are removed, those of
+    the source left.  Done again it gives the same.
+    """
+    for one in target.bitmaps():
+        if one.inconsistent or not one.enabled:
+            target.remove_bitmap(one.name)
+    present = {one.name for one in target.bitmaps()}
+    carried = []
+    for one in source.bitmaps():
+        if one.inconsistent or not one.enabled:
+            continue
+        if one.name not in present:
+            target.add_bitmap(one.name, one.granularity)
+        target.merge_bitmap(one.name, one.name, source)
+        carried.append(one.name)
+    return carried

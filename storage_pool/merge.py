@@ -22,11 +22,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qcowlib.errors import Error
+from qcowlib.jobs.measure import measure
 from qcowlib.qcow2.check import check
 from qcowlib.qcow2.header_update import set_backing
 
 from . import metadata_volume as mv
-from .copying import copy_layers, layers_size
+from .copying import carry_bitmaps, copy_layers, layers_size
 from .domain import Domain
 from .errors import Illegal, NotFound
 from .image_group import ImageGroup
@@ -145,7 +146,7 @@ def _needed(domain: Domain, base: str, record: VolumeMetadata, top: str, top_rec
     # Version 2 images have no zero clusters: what hides data below is data.
     zeros = domain.metadata.version < 4
     with open_image(domain, top, allow_illegal=True) as image:
-        both = layers_size(image, 2, zeros=zeros)
+        both = layers_size(image, 2, zeros=zeros) + (measure(image).bitmaps or 0)
     with open_image(domain, base, allow_illegal=True, backing=False) as image:
         alone = layers_size(image, 1, zeros=zeros)
     storage = domain.open_volume(base)
@@ -182,6 +183,9 @@ def _write(token: SpmToken, domain: Domain, base: str, top: str) -> None:
             token.check()
             target.resize(source.size)
         copy_layers(token, source, target, 1)
+        if target.format != "raw" and domain.metadata.version >= 4:
+            token.check()
+            carry_bitmaps(source, target)
 
 
 def _relink(token: SpmToken, domain: Domain, base: str, top: str) -> None:

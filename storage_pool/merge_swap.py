@@ -29,7 +29,7 @@ from qcowlib.qcow2.create import create, create_raw
 from qcowlib.qcow2.header_update import set_backing
 
 from . import metadata_volume as mv
-from .copying import copy_disk, copy_layers, layers_size
+from .copying import carry_bitmaps, copy_disk, copy_layers, layers_size
 from .domain import Domain
 from .errors import Illegal, NotFound
 from .ids import BLANK
@@ -145,6 +145,10 @@ def _fill(token: SpmToken, domain: Domain, base: VolumeMetadata, top: str) -> No
                 copy_disk(token, source, target, target_is_zero=fresh)
             else:
                 copy_layers(token, source, target, 2, below=source.layers[2].size)
+            if merged.format == COW and domain.metadata.version >= 4:
+                for volume in (record.parent, top):
+                    with open_image(domain, volume, allow_illegal=True, backing=False) as part:
+                        carry_bitmaps(part, target)
 
 
 def _take_back(token: SpmToken, domain: Domain, base: str, top: str) -> None:

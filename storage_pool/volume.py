@@ -110,19 +110,23 @@ class DomainReferences:
 
     A name is the UUID of a volume of the domain, alone or behind
     ``../<image>/``, as two generations of hosts wrote it; its directory part
-    is not used.  Anything else is refused.
+    is not used.  Anything else is refused, and so is an ILLEGAL volume unless
+    *allow_illegal*.
     """
 
-    __slots__ = ("_domain",)
+    __slots__ = ("_allow_illegal", "_domain")
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, *, allow_illegal: bool = False) -> None:
         self._domain = domain
+        self._allow_illegal = allow_illegal
 
     def open(self, kind: str, name: str, owner: str, *, writable: bool, cache: str) -> Storage:
         """See :class:`qcowlib.gate.References`."""
         volume = volume_of_name(name)
         if kind != "backing" or volume is None:
             raise GateDenied(f"'{printable(name[:120])}' is not the name of a volume", path=owner)
+        if not self._allow_illegal and self._domain.record(volume).legality == mv.ILLEGAL:
+            raise Illegal(f"the volume {volume} is ILLEGAL", path=self._domain.name)
         return self._domain.open_volume(volume, writable=writable)
 
 
@@ -279,7 +283,7 @@ def open_image(
 ) -> qcowlib.Image:
     """Open a volume's image with the chain below it.
 
-    Raises: NotFound, Illegal for an ILLEGAL volume unless allowed and for
+    Raises: NotFound, Illegal for an ILLEGAL volume in the chain unless allowed and for
     writing to a template, and what :func:`qcowlib.open` raises.
     """
     record = domain.record(volume)
@@ -293,7 +297,7 @@ def open_image(
             storage,
             "r+" if writable else "r",
             format=IMAGE_FORMATS.get(record.format, "raw"),
-            references=DomainReferences(domain),
+            references=DomainReferences(domain, allow_illegal=allow_illegal),
             backing=backing,
         )
     except BaseException:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The qcowlib authors
 # SPDX-License-Identifier: Apache-2.0
-"""Changing what an image says of itself: bitmaps, amend, incremental backup, each on a copy of the scattered image."""
+"""Changing what an image says of itself: bitmaps, amend, incremental backup, each on a copy of a scattered image."""
 
 from __future__ import annotations
 
@@ -8,20 +8,30 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import images
 import peers
 import pytest
+from scale import SCALE
 
 import qcowlib
 
 WHO = peers.installed("qcowlib", "qemu-img")
 
 
+@pytest.fixture(scope="module")
+def small(bench_dir: Path) -> Path:
+    """As large for the guest as the scattered image, with a part of its clusters."""
+    path = bench_dir / "small.qcow2"
+    images.scattered_image(path, SCALE.scattered, SCALE.scattered_clusters // 32)
+    return path
+
+
 @pytest.fixture
-def copy(scattered: Path, tmp_path: Path) -> Callable[[], None]:
+def copy(small: Path, tmp_path: Path) -> Callable[[], None]:
     """Return what lays a fresh copy at ``tmp_path / "image"``."""
 
     def lay() -> None:
-        shutil.copyfile(scattered, tmp_path / "image")
+        shutil.copyfile(small, tmp_path / "image")
 
     return lay
 
@@ -66,7 +76,7 @@ def bench_amend_refcount_bits(
 
 @pytest.mark.parametrize("who", WHO)
 def bench_incremental_backup(
-    benchmark: object, measure: Callable[..., None], copy: Callable[[], None], tmp_path: Path, who: str
+    benchmark: object, measure: Callable[..., None], copy: Callable[[], None], small: Path, tmp_path: Path, who: str
 ) -> None:
     """A backup of what one bitmap recorded; qemu-img cannot do that offline, so it copies the whole image."""
     path, target = tmp_path / "image", tmp_path / "increment"
@@ -79,7 +89,7 @@ def bench_incremental_backup(
 
     def ours() -> None:
         target.unlink(missing_ok=True)
-        qcowlib.backup(path, target, "b0", cache="unsafe")
+        qcowlib.backup(path, target, "b0", backing=small, backing_format="qcow2", cache="unsafe")
 
     measure({"qcowlib": ours, "qemu-img": lambda: peers.qemu_img("convert", "-O", "qcow2", path, target)}[who], who=who)
     with qcowlib.open(target) as image:

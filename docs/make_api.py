@@ -55,7 +55,7 @@ SECTIONS = (
             "jobs/measure.py": ("measure", "Measurement"),
             "jobs/dd.py": ("dd",),
             "jobs/commit.py": ("commit",),
-            "jobs/rebase.py": ("rebase",),
+            "jobs/rebase.py": ("rebase", "flatten"),
             "jobs/backup.py": ("backup", "restore", "measure_backup"),
             "inspection.py": ("inspect", "Inspection", "Finding", "StreamReader"),
             "gate.py": ("deny_all", "qemu_like", "same_directory", "directories"),

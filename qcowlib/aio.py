@@ -313,3 +313,7 @@ def __getattr__(name: str) -> object:
     if name in _JOBS:
         return _in_thread(getattr(api, name))
     raise AttributeError(f"module 'qcowlib.aio' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_JOBS])

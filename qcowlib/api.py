@@ -13,24 +13,32 @@ from qcowlib.image import Image, open
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from qcowlib.driver import Extent
+    from qcowlib.info import ImageInfo
     from qcowlib.inspection import Inspection, inspect
     from qcowlib.jobs.backup import backup, measure_backup, restore
     from qcowlib.jobs.commit import commit
-    from qcowlib.jobs.compare import compare
+    from qcowlib.jobs.compare import Comparison, compare
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
     from qcowlib.jobs.dd import dd
-    from qcowlib.jobs.measure import measure
-    from qcowlib.jobs.rebase import rebase
+    from qcowlib.jobs.measure import Measurement, measure
+    from qcowlib.jobs.rebase import flatten, rebase
     from qcowlib.qcow2.amend import AmendOptions, KeyChange
     from qcowlib.qcow2.bitmap import Bitmap
+    from qcowlib.qcow2.check import Report
 
 __all__ = [
     "AmendOptions",
     "Bitmap",
+    "Comparison",
+    "Extent",
     "Image",
+    "ImageInfo",
     "Inspection",
     "KeyChange",
+    "Measurement",
+    "Report",
     "backup",
     "commit",
     "compare",
@@ -39,6 +47,7 @@ __all__ = [
     "dd",
     "deny_all",
     "directories",
+    "flatten",
     "inspect",
     "measure",
     "measure_backup",
@@ -52,14 +61,20 @@ __all__ = [
 _LATER = {
     "AmendOptions": "qcow2.amend",
     "Bitmap": "qcow2.bitmap",
+    "Comparison": "jobs.compare",
+    "Extent": "driver",
+    "ImageInfo": "info",
     "Inspection": "inspection",
     "KeyChange": "qcow2.amend",
+    "Measurement": "jobs.measure",
+    "Report": "qcow2.check",
     "backup": "jobs.backup",
     "commit": "jobs.commit",
     "compare": "jobs.compare",
     "convert": "jobs.convert",
     "create": "jobs.creation",
     "dd": "jobs.dd",
+    "flatten": "jobs.rebase",
     "inspect": "inspection",
     "measure": "jobs.measure",
     "measure_backup": "jobs.backup",

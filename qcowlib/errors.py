@@ -54,9 +54,8 @@ class Error(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        if self.path is None or self.path in self.message:
-            return self.message
-        return f"{printable(self.path)}: {self.message}"
+        name = "" if self.path is None else printable(self.path)
+        return self.message if name in self.message else f"{name}: {self.message}"
 
 
 class FormatError(Error, ValueError):

@@ -34,7 +34,7 @@ from qcowlib.units import SECTOR, round_down
 if TYPE_CHECKING:
     from qcowlib.image import CacheMode
 
-__all__ = ["rebase"]
+__all__ = ["flatten", "rebase"]
 
 
 def rebase(
@@ -81,6 +81,39 @@ def rebase(
         image.flush()
         _publish(top, stored)
     control.end()
+
+
+def flatten(
+    path: str | bytes | os.PathLike[str],
+    *,
+    format: str | None = None,
+    references: References = qemu_like,
+    cache: CacheMode = "writeback",
+    secret: str | bytes | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    cancel: Callable[[], bool] | None = None,
+    rate: int | None = None,
+    workers: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> None:
+    """Copy everything that the image at *path* shows of its chain into it, and let go of the chain.
+
+    The same as :func:`rebase` onto nothing; interrupted, it is finished by
+    calling it again.  Raises as :func:`rebase`.
+    """
+    rebase(
+        path,
+        None,
+        format=format,
+        references=references,
+        cache=cache,
+        secret=secret,
+        progress=progress,
+        cancel=cancel,
+        rate=rate,
+        workers=workers,
+        memory=memory,
+    )
 
 
 class _Backing(NamedTuple):

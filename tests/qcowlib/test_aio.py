@@ -90,3 +90,18 @@ def test_snapshots_and_resize_on_a_loop(path: Path) -> None:
 
     asyncio.run(main())
     subprocess.run(["qemu-img", "check", path], check=True, capture_output=True)
+
+
+def test_jobs_of_the_api_are_awaitable(path: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        await aio.convert(path, tmp_path / "copy")
+        result = await aio.compare(path, tmp_path / "copy")
+        assert result.verdict == "identical"
+
+    assert {"convert", "compare", "flatten", "measure"} <= set(dir(aio))
+    asyncio.run(main())
+
+
+def test_every_public_name_exists() -> None:
+    for name in qcowlib.api.__all__:
+        assert getattr(qcowlib, name) is not None, name

@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 
 from qcowlib.errors import Error
-from storage_pool.cli import cmd_disk, cmd_domain, cmd_exchange, cmd_pool
+from storage_pool.cli import cmd_demo, cmd_disk, cmd_domain, cmd_exchange, cmd_pool
 from storage_pool.cli.output import Output
 
 __all__ = ["entry", "main"]
 
-MODULES = (cmd_domain, cmd_disk, cmd_exchange, cmd_pool)
+MODULES = (cmd_domain, cmd_disk, cmd_exchange, cmd_pool, cmd_demo)
 
 
 def entry() -> int:

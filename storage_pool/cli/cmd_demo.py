@@ -1,0 +1,46 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""``qpool demo``: a whole pool at work in a temporary directory; see :mod:`.demo`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from storage_pool.cli.output import Output
+
+if TYPE_CHECKING:
+    from storage_pool.cli.demo import Result
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+__all__ = ["add_parsers"]
+
+
+def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    text = "show a pool at work in a temporary directory, and on a volume group where root can make one"
+    parser = subjects.add_parser("demo", parents=[common], help=text, description=text)
+    parser.add_argument("--directory", metavar="DIR", help="where the temporary directory is made")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace, output: Output) -> int:
+    from storage_pool.cli.demo import run_demo
+
+    def tell(result: Result) -> None:
+        if not output.as_json:
+            state = "ok" if result.problem is None else "PROBLEM"
+            said = result.problem or result.text
+            output.line(f"{result.seconds:7.2f} s  {state}  {result.kind}: {result.step}: {said}")
+            output.flush()
+
+    results = run_demo(tell, directory=arguments.directory)
+    problems = sum(result.problem is not None for result in results)
+    seconds = round(sum(result.seconds for result in results), 3)
+    if output.as_json:
+        steps = [result._asdict() for result in results]
+        output.document({"steps": steps, "seconds": seconds, "problems": problems})
+    else:
+        output.line(f"{seconds:.1f} s, {len(results)} steps, {problems} problems")
+    return 1 if problems else 0

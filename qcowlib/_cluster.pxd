@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: 2026 The qcowlib authors
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3
+from cpython.buffer cimport Py_buffer
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from qcowlib._extent cimport RunVec
@@ -42,6 +43,10 @@ cdef class ClusterMap:
     cdef int hand
     cdef readonly int dirty_count
     # Host clusters that hold metadata (open addressing; 0 = free, else cluster + 1).
+    # Part of the file that a caller keeps in memory; length 0: none.
+    cdef Py_buffer lent
+    cdef uint64_t lent_offset
+    cdef uint64_t lent_length
     cdef uint64_t *guarded
     cdef uint64_t guarded_mask
     cdef uint64_t guarded_count

@@ -77,6 +77,8 @@ cdef class ClusterMap:
         free(self.l1)
         free(self.slot_of)
         free(self.guarded)
+        if self.lent_length:
+            PyBuffer_Release(&self.lent)
 
     # -- L1 ------------------------------------------------------------------------------------------------------
 
@@ -88,6 +90,7 @@ cdef class ClusterMap:
         PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
         try:
             count = view.len // 8
+            self.lend(b"", 0, 0)
             self._resize_l1(0)
             self._resize_l1(count)
             raw = <const uint8_t *> view.buf
@@ -212,6 +215,25 @@ cdef class ClusterMap:
             offset += self.cluster_size
             index += 1
         return first, found
+
+    def lend(self, table, uint64_t offset, uint64_t length):
+        """Look tables up in the buffer *table* too: *length* bytes of the file from *offset* on.
+
+        For going through an image that nobody changes, without a copy of each
+        table.  The buffer belongs to the map until the next call; length 0 ends that.
+        """
+        cdef Py_buffer view
+        if length:
+            PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
+            if length > <uint64_t> view.len:
+                PyBuffer_Release(&view)
+                raise ValueError("the buffer is too short")
+        if self.lent_length:
+            PyBuffer_Release(&self.lent)
+        self.lent_length = length
+        self.lent_offset = offset
+        if length:
+            self.lent = view
 
     cdef int _take_slot(self) except -2:
         """A free slot number, evicting a clean table; -1 when all are dirty."""
@@ -428,10 +450,13 @@ cdef class ClusterMap:
         offset = self.l1[index] & QC_OFFSET_MASK
         if offset & (self.cluster_size - 1):
             return self._corrupt(1, offset, index, 0)
-        if self.slot_of[index] == 0:
+        if self.slot_of[index]:
+            self.slots[self.slot_of[index] - 1].used = True
+            table = self.slots[self.slot_of[index] - 1].table
+        elif offset >= self.lent_offset and offset - self.lent_offset + self.cluster_size <= self.lent_length:
+            table = <uint8_t *> self.lent.buf + (offset - self.lent_offset)
+        else:
             return NEED
-        self.slots[self.slot_of[index] - 1].used = True
-        table = self.slots[self.slot_of[index] - 1].table
         if self.extended:
             return self._lookup_ext(table, pos, maxlen, kind, host, length)
         i = (pos >> self.cluster_bits) & (self.l2_entries - 1)

@@ -131,7 +131,11 @@ class Chain:
             if code == 2:
                 raise image.tables.corruption()
             index = image.tables.index(guest)
-            await image.tables.load(index, image.tables.index(end - 1) + 1 if ahead else None)
+            stop = image.tables.index(end - 1) + 1 if ahead else None
+            if stop is not None and not image.writable:
+                await image.tables.lend(index, stop)
+            else:
+                await image.tables.load(index, stop)
 
     async def reads_zero(self, offset: int, length: int) -> bool:
         """Whether the mapping alone says that the range reads as zeros."""

@@ -27,6 +27,8 @@ __all__ = ["L2Tables", "make_map"]
 
 #: Tables read by one system call when the caller is going through them in order.
 _AHEAD_BYTES = 1 * MiB
+#: The same where they are only looked at: what the processor's cache holds.
+_LENT_BYTES = 512 * KiB
 _KEPT_BUFFERS = 4
 
 _MESSAGES = {
@@ -63,7 +65,7 @@ class L2Tables:
     *make_room* is awaited when every cached table is dirty: it must commit.
     """
 
-    __slots__ = ("_buffers", "cmap", "generation", "header", "make_room", "runtime", "storage")
+    __slots__ = ("_buffers", "_lent", "cmap", "generation", "header", "make_room", "runtime", "storage")
 
     def __init__(self, runtime: Runtime, storage: Storage, header: Header, cmap: ClusterMap) -> None:
         self.runtime = runtime
@@ -74,6 +76,7 @@ class L2Tables:
         self.generation: Callable[[], int] = int
         # Fresh memory costs as much as reading into it: buffers are used again.
         self._buffers: list[bytearray] = []
+        self._lent = bytearray()
 
     def index(self, guest: int) -> int:
         """The L1 index that covers guest offset *guest*."""
@@ -101,6 +104,24 @@ class L2Tables:
             if full:
                 # Only a commit makes tables clean; then the read must be done again.
                 await self.room()
+
+    async def lend(self, index: int, stop: int) -> None:
+        """Let the map see the table of L1 index *index*, and those behind it in the file up to *stop*, until the next.
+
+        Only where nobody changes the image: what was read stays right.
+        """
+        cluster_size = self.header.cluster_size
+        offset, wanted = self.cmap.missing(index, stop, max(1, _LENT_BYTES // cluster_size))
+        self._check(offset, index)
+        length = len(wanted) * cluster_size
+        buffer = self._buffers.pop() if self._buffers else bytearray()
+        if len(buffer) < length:
+            buffer = bytearray(length)
+        await self.runtime.io(self.storage.read_into, offset, [memoryview(buffer)[:length]])
+        self.cmap.lend(buffer, offset, length)
+        old, self._lent = self._lent, buffer
+        if len(self._buffers) < _KEPT_BUFFERS:
+            self._buffers.append(old)
 
     def _install(self, wanted: list[int], offset: int, data: bytearray) -> bool:
         """Take the tables that L1 still names where they were read; false when there is no room."""

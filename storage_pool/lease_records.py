@@ -130,10 +130,12 @@ def _leader(
     return head + struct.pack("<IHH", crc32c(head), 0, timeout_s)
 
 
-def lockspace_area(name: str, *, block_size: int = 512, alignment: int = MiB) -> bytes:
-    """Return the area, one alignment long, of an empty lockspace."""
+def lockspace_area(
+    name: str, *, block_size: int = 512, alignment: int = MiB, io_timeout_s: int = IO_TIMEOUT_S
+) -> bytes:
+    """Return the area, one alignment long, of an empty lockspace whose hosts run with *io_timeout_s*."""
     hosts = max_hosts(block_size, alignment)
-    record = _leader(LOCKSPACE_MAGIC, _LOCKSPACE_VERSION, block_size, alignment, (0, 1), (name, ""), IO_TIMEOUT_S)
+    record = _leader(LOCKSPACE_MAGIC, _LOCKSPACE_VERSION, block_size, alignment, (0, 1), (name, ""), io_timeout_s)
     return (record.ljust(block_size, b"\0") * hosts).ljust(alignment, b"\0")
 
 

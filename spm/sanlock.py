@@ -1,0 +1,410 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Leases of domains from version 3: the daemon sanlock.
+
+Calls go through Debian's ``python3-sanlock`` where that module can be
+imported, else through the same C library by ``cffi``; both block, so callers
+run them where blocking is allowed (a join waits for seconds, an acquire for
+the death of a host).  What a lease *is* gets read from storage here, with
+direct I/O and without the daemon, which may be stopped.
+
+Invariant: one registered connection holds all leases of this process.  Its
+end frees them, so helper programs inherit it (:meth:`SanlockLeases.fileno`):
+a lease cannot be freed by the death of its holder while a helper may still
+write.
+
+Source: sanlock 3.8.5, behaviour measured with real daemons.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+from typing import Any, Final, Protocol
+
+from qcowlib.errors import StorageError
+from qcowlib.storage.file import FileStorage
+from storage_pool.lease_records import Leader, parse_leader
+from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
+
+from .errors import LeaseError, LeaseHeld
+from .proof import LeaseProof
+from .timing import LeaseTiming
+
+__all__ = ["LibraryClient", "ModuleClient", "SanlockClient", "SanlockLeases", "make_client"]
+
+#: Errors of the daemon that mean "somebody else has it".
+_HELD: Final = frozenset((-243, -244, -245, -262, -errno.EEXIST, -errno.EBUSY, -errno.EAGAIN))
+_STATES: Final[dict[int, HostState]] = {1: "unknown", 2: "free", 3: "live", 4: "fail", 5: "dead"}
+_STATE_MASK: Final = 0xF
+_UNKNOWN: Final = 1
+_FREE: Final = 2
+#: Answers of the daemon about a host that it has not seen.
+_NO_HOST: Final = {-errno.ENOENT: _FREE, -errno.EAGAIN: _UNKNOWN}
+_SECTORS: Final = (512, 4096)
+RUN_DIR_VARIABLE: Final = "SANLOCK_RUN_DIR"
+
+_DECLARATIONS: Final = """
+struct sanlk_disk { char path[1024]; uint64_t offset; uint32_t pad1; uint32_t pad2; };
+struct sanlk_lockspace { char name[48]; uint64_t host_id; uint32_t flags; struct sanlk_disk host_id_disk; };
+struct sanlk_resource {
+    char lockspace_name[48]; char name[48]; uint64_t lver; uint64_t data64; uint32_t data32; uint32_t unused;
+    uint32_t flags; uint32_t num_disks; struct sanlk_disk disks[1]; };
+struct sanlk_host { uint64_t host_id; uint64_t generation; uint64_t timestamp; uint32_t io_timeout; uint32_t flags; };
+int sanlock_register(void);
+int sanlock_acquire(int, int, uint32_t, int, struct sanlk_resource **, void *);
+int sanlock_release(int, int, uint32_t, int, struct sanlk_resource **);
+int sanlock_killpath(int, uint32_t, const char *, char *);
+int sanlock_add_lockspace_timeout(struct sanlk_lockspace *, uint32_t, uint32_t);
+int sanlock_rem_lockspace(struct sanlk_lockspace *, uint32_t);
+int sanlock_inq_lockspace(struct sanlk_lockspace *, uint32_t);
+int sanlock_get_hosts(const char *, uint64_t, struct sanlk_host **, int *, uint32_t);
+void free(void *);
+"""
+_RES_SHARED: Final = 0x4
+
+
+class SanlockClient(Protocol):
+    """The calls of the daemon that are needed; each raises LeaseError with the daemon's number."""
+
+    def register(self) -> int:
+        """Connect this process; returns the connection."""
+
+    def add_lockspace(self, name: str, host_id: int, area: LeaseArea, io_timeout_s: int) -> None:
+        """Join and wait until joined."""
+
+    def rem_lockspace(self, name: str, host_id: int, area: LeaseArea) -> None:
+        """Leave and wait until left."""
+
+    def has_lockspace(self, name: str, host_id: int, area: LeaseArea) -> bool:
+        """Whether the daemon holds the host id now."""
+
+    def acquire(self, connection: int, lease: Lease, shared: bool) -> None:
+        """Acquire for this process."""
+
+    def release(self, connection: int, lease: Lease) -> None:
+        """Release what this process holds."""
+
+    def host_flags(self, name: str, host_id: int) -> int:
+        """Return the state of a host as the daemon numbers it; unknown while it has not looked yet."""
+
+    def killpath(self, connection: int, path: str, arguments: list[str]) -> None:
+        """Have the daemon run a program instead of a signal when the lease is lost."""
+
+
+class ModuleClient:
+    """Through the module ``sanlock``."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def _call(self, name: str, *arguments: object, **options: object) -> Any:
+        try:
+            return getattr(self._module, name)(*arguments, **options)
+        except self._module.SanlockException as error:
+            code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+            raise LeaseError(f"sanlock: {name} failed: {error.args[-1]}", code=-abs(code)) from error
+
+    def register(self) -> int:
+        """See :class:`SanlockClient`."""
+        return int(self._call("register"))
+
+    def add_lockspace(self, name: str, host_id: int, area: LeaseArea, io_timeout_s: int) -> None:
+        """See :class:`SanlockClient`."""
+        self._call("add_lockspace", name.encode(), host_id, area.path, offset=area.offset, iotimeout=io_timeout_s)
+
+    def rem_lockspace(self, name: str, host_id: int, area: LeaseArea) -> None:
+        """See :class:`SanlockClient`."""
+        self._call("rem_lockspace", name.encode(), host_id, area.path, area.offset)
+
+    def has_lockspace(self, name: str, host_id: int, area: LeaseArea) -> bool:
+        """See :class:`SanlockClient`."""
+        return self._call("inq_lockspace", name.encode(), host_id, area.path, area.offset) is True
+
+    def acquire(self, connection: int, lease: Lease, shared: bool) -> None:
+        """See :class:`SanlockClient`."""
+        names = lease.lockspace.encode(), lease.name.encode()
+        self._call("acquire", *names, [tuple(lease.area)], slkfd=connection, shared=shared)
+
+    def release(self, connection: int, lease: Lease) -> None:
+        """See :class:`SanlockClient`."""
+        self._call("release", lease.lockspace.encode(), lease.name.encode(), [tuple(lease.area)], slkfd=connection)
+
+    def host_flags(self, name: str, host_id: int) -> int:
+        """See :class:`SanlockClient`."""
+        try:
+            hosts = self._call("get_hosts", name.encode(), host_id)
+        except LeaseError as error:
+            if error.code in _NO_HOST:
+                return _NO_HOST[error.code]
+            raise
+        return int(hosts[0]["flags"]) if hosts else _FREE
+
+    def killpath(self, connection: int, path: str, arguments: list[str]) -> None:
+        """See :class:`SanlockClient`."""
+        self._call("killpath", path, arguments, slkfd=connection)
+
+
+class LibraryClient:
+    """Through ``libsanlock_client`` by cffi, without a compiler.  Raises: LeaseError when either is missing."""
+
+    def __init__(self, name: str = "libsanlock_client.so.1") -> None:
+        try:
+            import cffi
+        except ImportError as error:
+            raise LeaseError("neither the module sanlock nor cffi is installed") from error
+        self._ffi: Any = cffi.FFI()
+        self._ffi.cdef(_DECLARATIONS)
+        try:
+            self._lib: Any = self._ffi.dlopen(name)
+        except OSError as error:
+            raise LeaseError(f"no client library of sanlock: {error}", hint="Install the package sanlock.") from error
+        self._libc: Any = self._ffi.dlopen(None)
+
+    def _checked(self, what: str, result: int) -> int:
+        if result < 0:
+            text = os.strerror(-result) if -result < 200 else "refused"
+            raise LeaseError(f"sanlock: {what} failed: {text} ({result})", code=result)
+        return result
+
+    def _lockspace(self, name: str, host_id: int, area: LeaseArea) -> Any:
+        space = self._ffi.new("struct sanlk_lockspace *")
+        self._ffi.memmove(space.name, *_sized(name, 48))
+        space.host_id = host_id
+        self._ffi.memmove(space.host_id_disk.path, *_sized(area.path, 1023))
+        space.host_id_disk.offset = area.offset
+        return space
+
+    def _resource(self, lease: Lease) -> tuple[Any, Any]:
+        resource = self._ffi.new("struct sanlk_resource *")
+        self._ffi.memmove(resource.lockspace_name, *_sized(lease.lockspace, 48))
+        self._ffi.memmove(resource.name, *_sized(lease.name, 48))
+        resource.num_disks = 1
+        self._ffi.memmove(resource.disks[0].path, *_sized(lease.area.path, 1023))
+        resource.disks[0].offset = lease.area.offset
+        return resource, self._ffi.new("struct sanlk_resource *[1]", [resource])
+
+    def register(self) -> int:
+        """See :class:`SanlockClient`."""
+        return self._checked("register", self._lib.sanlock_register())
+
+    def add_lockspace(self, name: str, host_id: int, area: LeaseArea, io_timeout_s: int) -> None:
+        """See :class:`SanlockClient`."""
+        space = self._lockspace(name, host_id, area)
+        self._checked("add_lockspace", self._lib.sanlock_add_lockspace_timeout(space, 0, io_timeout_s))
+
+    def rem_lockspace(self, name: str, host_id: int, area: LeaseArea) -> None:
+        """See :class:`SanlockClient`."""
+        self._checked("rem_lockspace", self._lib.sanlock_rem_lockspace(self._lockspace(name, host_id, area), 0))
+
+    def has_lockspace(self, name: str, host_id: int, area: LeaseArea) -> bool:
+        """See :class:`SanlockClient`."""
+        result = self._lib.sanlock_inq_lockspace(self._lockspace(name, host_id, area), 0)
+        if result not in (0, -errno.ENOENT, -errno.EINPROGRESS):
+            self._checked("inq_lockspace", result)
+        return bool(result == 0)
+
+    def acquire(self, connection: int, lease: Lease, shared: bool) -> None:
+        """See :class:`SanlockClient`."""
+        resource, array = self._resource(lease)
+        resource.flags = _RES_SHARED if shared else 0
+        self._checked("acquire", self._lib.sanlock_acquire(connection, -1, 0, 1, array, self._ffi.NULL))
+
+    def release(self, connection: int, lease: Lease) -> None:
+        """See :class:`SanlockClient`."""
+        _resource, array = self._resource(lease)
+        self._checked("release", self._lib.sanlock_release(connection, -1, 0, 1, array))
+
+    def host_flags(self, name: str, host_id: int) -> int:
+        """See :class:`SanlockClient`."""
+        hosts = self._ffi.new("struct sanlk_host **")
+        count = self._ffi.new("int *")
+        result = self._lib.sanlock_get_hosts(name.encode(), host_id, hosts, count, 0)
+        if result in _NO_HOST:
+            return _NO_HOST[result]
+        self._checked("get_hosts", result)
+        try:
+            return int(hosts[0][0].flags) if count[0] else _FREE
+        finally:
+            self._libc.free(hosts[0])
+
+    def killpath(self, connection: int, path: str, arguments: list[str]) -> None:
+        """See :class:`SanlockClient`."""
+        text = self._ffi.new("char[]", " ".join(arguments).encode())
+        self._checked("killpath", self._lib.sanlock_killpath(connection, 0, path.encode(), text))
+
+
+def _sized(text: str, limit: int) -> tuple[bytes, int]:
+    data = text.encode()
+    if len(data) > limit or b"\0" in data:
+        raise LeaseError(f"a name of {len(data)} bytes is too long for sanlock")
+    return data, len(data)
+
+
+def make_client() -> SanlockClient:
+    """Return the client that this installation has.  Raises: LeaseError."""
+    try:
+        import sanlock  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return LibraryClient()
+    return ModuleClient(sanlock)
+
+
+def _read(area: LeaseArea, offset: int) -> bytes:
+    """Read a sector that other hosts write, around the page cache where the file allows."""
+    try:
+        storage = FileStorage.open(area.path, cache="none")
+    except StorageError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        storage = FileStorage.open(area.path)
+    try:
+        data = bytearray(512)
+        storage.read_into(area.offset + offset, [data])
+    finally:
+        storage.close()
+    return bytes(data)
+
+
+class SanlockLeases:
+    """A :class:`~spm.proof.ProvingLeases` of one process on one daemon."""
+
+    def __init__(self, client: SanlockClient, timing: LeaseTiming, run_dir: str | None = None) -> None:
+        """*run_dir* is the daemon's; the library keeps the first one that a process uses."""
+        self.client = client
+        self.timing = timing
+        self._run_dir = run_dir
+        self._connection = -1
+        self._joined: dict[str, tuple[int, LeaseArea]] = {}
+
+    def _select(self) -> SanlockClient:
+        if self._run_dir is not None:
+            os.environ[RUN_DIR_VARIABLE] = self._run_dir
+        return self.client
+
+    def fileno(self) -> int:
+        """Return the connection, made when first asked for; helper programs inherit it."""
+        if self._connection < 0:
+            self._connection = self._select().register()
+        return self._connection
+
+    def connected(self) -> bool:
+        """See :class:`~spm.proof.ProvingLeases`."""
+        if self._connection < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return not any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
+
+    def close(self) -> None:
+        """Close the connection, which frees the leases of this process."""
+        if self._connection >= 0:
+            os.close(self._connection)
+            self._connection = -1
+
+    def join(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
+        """See :class:`~storage_pool.leases.Leases`; waits, at most until the id's former holder is dead."""
+        client = self._select()
+        try:
+            client.add_lockspace(lockspace, host_id, area, int(self.timing.io_timeout_s))
+        except LeaseError as error:
+            mine = error.code == -errno.EEXIST and client.has_lockspace(lockspace, host_id, area)
+            if not mine:
+                if error.code in _HELD:
+                    raise LeaseHeld(f"host id {host_id} of {lockspace} is used by another host") from error
+                raise
+        self._joined[lockspace] = host_id, area
+
+    def leave(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
+        """See :class:`~storage_pool.leases.Leases`."""
+        self._select().rem_lockspace(lockspace, host_id, area)
+        self._joined.pop(lockspace, None)
+
+    def host_state(self, lockspace: str, host_id: int) -> HostState:
+        """See :class:`~storage_pool.leases.Leases`."""
+        return _STATES.get(self._select().host_flags(lockspace, host_id) & _STATE_MASK, "unknown")
+
+    def acquire(self, lease: Lease, *, shared: bool = False) -> LeaseOwner:
+        """See :class:`~storage_pool.leases.Leases`."""
+        host_id, _ = self._own(lease.lockspace)
+        try:
+            self._select().acquire(self.fileno(), lease, shared)
+        except LeaseError as error:
+            if error.code in _HELD:
+                raise LeaseHeld(f"the lease {lease.name} is held") from error
+            if not self.connected():
+                self.close()
+            raise
+        leader = self._leader(lease)
+        return LeaseOwner(host_id, self._delta(lease.lockspace, host_id).owner_generation, leader.version)
+
+    def release(self, lease: Lease) -> None:
+        """See :class:`~storage_pool.leases.Leases`; one that is not held is fine."""
+        try:
+            self._select().release(self.fileno(), lease)
+        except LeaseError as error:
+            if error.code not in (-1, -errno.ENOENT):
+                raise
+
+    def owner(self, lease: Lease) -> LeaseOwner | None:
+        """See :class:`~storage_pool.leases.Leases`."""
+        owner = self._stored(lease)
+        if owner is None:
+            return None
+        delta = self._delta(lease.lockspace, owner.host_id)
+        gone = delta.owner_generation != owner.generation or not delta.timestamp
+        return None if gone or self.host_state(lease.lockspace, owner.host_id) in ("free", "dead") else owner
+
+    def prove(self, lease: Lease) -> LeaseProof:
+        """See :class:`~spm.proof.ProvingLeases`; the daemon's clock is this host's CLOCK_BOOTTIME."""
+        host_id, _ = self._own(lease.lockspace)
+        delta = self._delta(lease.lockspace, host_id)
+        renewed_s = float(delta.timestamp) if delta.timestamp else float("-inf")
+        return LeaseProof(renewed_s, delta.owner_generation, self._stored(lease))
+
+    def settle_s(self, lease: Lease) -> float:
+        """See :class:`~spm.proof.ProvingLeases`."""
+        owner = self._stored(lease)
+        if owner is None:
+            return 0.0
+        delta = self._delta(lease.lockspace, owner.host_id)
+        renewed = delta.owner_generation == owner.generation and delta.timestamp
+        return 0.0 if renewed else self.timing.landing_s
+
+    def _own(self, lockspace: str) -> tuple[int, LeaseArea]:
+        if lockspace not in self._joined:
+            raise LeaseError(f"the lockspace {lockspace} was not joined")
+        return self._joined[lockspace]
+
+    def _stored(self, lease: Lease) -> LeaseOwner | None:
+        leader = self._leader(lease)
+        if not leader.owner_id or not leader.timestamp:
+            return None
+        return LeaseOwner(leader.owner_id, leader.owner_generation, leader.version)
+
+    def _leader(self, lease: Lease) -> Leader:
+        leader = parse_leader(_read(lease.area, 0))
+        if leader is None or not leader.valid or leader.lockspace:
+            raise LeaseError(f"no lease {lease.name} at byte {lease.area.offset}", path=lease.area.path)
+        if leader.resource_name != lease.name:
+            raise LeaseError(f"the lease here is called {leader.resource_name!r}", path=lease.area.path)
+        return leader
+
+    def _delta(self, lockspace: str, host_id: int) -> Leader:
+        """Return the record of a host id; its sector size is that of the first record."""
+        _, area = self._own(lockspace)
+        first = parse_leader(_read(area, 0))
+        if first is None or first.sector_size not in _SECTORS:
+            raise LeaseError("no lockspace here", path=area.path)
+        record = parse_leader(_read(area, (host_id - 1) * first.sector_size))
+        if record is None or not record.valid:
+            raise LeaseError(f"the record of host id {host_id} is damaged", path=area.path)
+        return record
+
+
+def io_timeout_of(record: bytes) -> int:
+    """Return the I/O timeout, in seconds, that a record of a lockspace tells; 10 where it tells none."""
+    (timeout,) = struct.unpack_from("<H", record, 174)
+    return timeout or 10

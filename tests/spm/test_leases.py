@@ -1,0 +1,245 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""One contract for leases, three implementations: sanlock (both bindings), files of one host, simulated."""
+
+import contextlib
+import os
+import time
+from typing import NamedTuple
+
+import pytest
+
+from spm.embedded import EmbeddedLeases, live_hosts
+from spm.errors import LeaseError, LeaseHeld
+from spm.lease_watch import LeaseToken, LeaseWatch
+from spm.proof import ProvingLeases
+from spm.sanlock import SanlockLeases
+from spm.testing.leases import SimHost, SimLeases, SimSpace
+from spm.timing import LeaseTiming
+from storage_pool.ids import make_id
+from storage_pool.lease_records import LOCKSPACE_MAGIC, parse_leader
+from storage_pool.leases import Lease, LeaseArea
+
+from .conftest import IO_TIMEOUT_S, MIB, lease_file, library_client, make_client, sanlock_daemon
+
+TIMING = LeaseTiming(io_timeout_s=float(IO_TIMEOUT_S))
+HOST_ID = 7
+
+
+class Setup(NamedTuple):
+    """Leases of a host that joined, two free leases, the lockspace's area and the host's clock."""
+
+    leases: ProvingLeases
+    sdm: Lease
+    volume: Lease
+    area: LeaseArea
+    clock: object
+
+
+def boot_clock():
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def sanlock_setup(tmp_path, run_dirs, client, **layout):
+    space = make_id()
+    path = lease_file(tmp_path / "leases", space, ["SDM", "volume"], **layout)
+    step = layout.get("alignment", MIB)
+    run_dir = run_dirs()
+    leases = SanlockLeases(client, TIMING, str(run_dir))
+    area = LeaseArea(str(path), 0)
+    sdm, volume = (Lease(space, name, LeaseArea(str(path), step * n)) for n, name in ((1, "SDM"), (2, "volume")))
+    return run_dir, Setup(leases, sdm, volume, area, boot_clock)
+
+
+def make_sanlock(tmp_path, run_dirs, client, **layout):
+    @contextlib.contextmanager
+    def make():
+        run_dir, setup = sanlock_setup(tmp_path, run_dirs, client, **layout)
+        with sanlock_daemon(run_dir, "one"):
+            yield setup
+            setup.leases.close()
+
+    return make()
+
+
+@contextlib.contextmanager
+def make_embedded(tmp_path):
+    area = LeaseArea(str(lease_file(tmp_path / "ids", "space", [])), 0)
+    leases = EmbeddedLeases(str(tmp_path), boot_clock, time.sleep)
+    yield Setup(leases, *(Lease("space", name, area) for name in ("SDM", "volume")), area, boot_clock)
+
+
+@contextlib.contextmanager
+def make_simulated():
+    space = SimSpace(lambda: 1000.0, TIMING)
+    leases = SimLeases(SimHost(space, "one"))
+    area = LeaseArea("ids", 0)
+    yield Setup(leases, *(Lease("space", name, area) for name in ("SDM", "volume")), area, lambda: 1000.0)
+
+
+SANLOCK = pytest.mark.real("sanlock")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("module", marks=SANLOCK),
+        pytest.param("library", marks=SANLOCK),
+        pytest.param("library-4k", marks=SANLOCK),
+        "embedded",
+        "simulated",
+    ],
+)
+def setup(request, tmp_path_factory, run_dirs):
+    tmp_path = tmp_path_factory.mktemp("leases")
+    name, _, sectors = request.param.partition("-")
+    layout = {"block_size": 4096, "alignment": 8 * MIB} if sectors else {}
+    if name == "embedded":
+        made = make_embedded(tmp_path)
+    elif name == "simulated":
+        made = make_simulated()
+    else:
+        made = make_sanlock(tmp_path, run_dirs, make_client(name, tmp_path), **layout)
+    with made as setup:
+        with pytest.raises(LeaseError, match="not joined"):
+            setup.leases.acquire(setup.sdm)
+        setup.leases.join(setup.sdm.lockspace, HOST_ID, setup.area)
+        yield setup
+
+
+def test_ls08_joined_host_is_live_and_others_are_free(setup):
+    assert setup.leases.host_state(setup.sdm.lockspace, HOST_ID) in ("live", "unknown")
+    assert setup.leases.host_state(setup.sdm.lockspace, 8) in ("free", "unknown")
+
+
+def test_ls10_owner_is_told_while_held_and_none_otherwise(setup):
+    assert setup.leases.owner(setup.sdm) is None
+    own = setup.leases.acquire(setup.sdm)
+    try:
+        assert own.host_id == HOST_ID
+        assert setup.leases.owner(setup.sdm) == own
+        assert setup.leases.owner(setup.volume) is None
+    finally:
+        setup.leases.release(setup.sdm)
+    assert setup.leases.owner(setup.sdm) is None
+
+
+def test_lease_is_not_taken_twice_and_can_be_taken_again(setup):
+    first = setup.leases.acquire(setup.sdm)
+    with pytest.raises(LeaseHeld):
+        setup.leases.acquire(setup.sdm)
+    setup.leases.release(setup.sdm)
+    second = setup.leases.acquire(setup.sdm)
+    setup.leases.release(setup.sdm)
+    assert second.version == first.version + 1
+
+
+def test_release_of_what_is_not_held_is_fine(setup):
+    setup.leases.release(setup.sdm)
+
+
+def test_volume_lease_is_apart_from_the_pool_lease(setup):
+    setup.leases.acquire(setup.sdm)
+    setup.leases.acquire(setup.volume)
+    setup.leases.release(setup.volume)
+    assert setup.leases.owner(setup.sdm) is not None
+    setup.leases.release(setup.sdm)
+
+
+def test_shared_lease_is_released_too(setup):
+    setup.leases.acquire(setup.volume, shared=True)
+    setup.leases.release(setup.volume)
+    setup.leases.acquire(setup.volume)
+    setup.leases.release(setup.volume)
+
+
+def test_s2_token_of_a_held_lease_is_proved_by_storage(setup):
+    own = setup.leases.acquire(setup.sdm)
+    proof = setup.leases.prove(setup.sdm)
+    assert proof.owner == own and proof.generation == own.generation
+    now_s = setup.clock()
+    assert now_s - TIMING.deadline_s < proof.renewed_s <= now_s + 1
+    watch = LeaseWatch(TIMING, own, 1, proof, now_s)
+    token = LeaseToken(
+        watch, setup.clock, lambda: (setup.leases.prove(setup.sdm), 1), lambda why: None, setup.leases.connected
+    )
+    token.check()
+    assert watch.prove(setup.leases.prove(setup.sdm), 1, now_s) == "fresh"
+    setup.leases.release(setup.sdm)
+    assert watch.prove(setup.leases.prove(setup.sdm), 1, now_s) == "lost"
+
+
+def test_lease_that_was_given_back_needs_no_settling(setup):
+    setup.leases.acquire(setup.sdm)
+    setup.leases.release(setup.sdm)
+    assert setup.leases.settle_s(setup.sdm) == 0.0
+
+
+@pytest.mark.real("sanlock")
+def test_ls09_connection_of_a_daemon_that_died_is_noticed_at_once(tmp_path, run_dirs):
+    run_dir, setup = sanlock_setup(tmp_path, run_dirs, library_client(tmp_path))
+    with sanlock_daemon(run_dir, "one") as daemon:
+        setup.leases.join(setup.sdm.lockspace, HOST_ID, setup.area)
+        setup.leases.acquire(setup.sdm)
+        assert setup.leases.connected()
+        daemon.kill()
+        daemon.wait()
+        assert not setup.leases.connected()
+    setup.leases.close()
+
+
+@pytest.mark.real("sanlock")
+def test_daemon_that_does_not_run_is_a_clear_error(tmp_path, run_dirs):
+    leases = SanlockLeases(library_client(tmp_path), TIMING, str(run_dirs()))
+    with pytest.raises(LeaseError, match="sanlock: register failed"):
+        leases.fileno()
+
+
+def record(path, host_id, timestamp):
+    """Let a host of sanlock renew its id, as its daemon writes it."""
+    with open(path, "r+b") as file:
+        file.seek((host_id - 1) * 512)
+        data = bytearray(file.read(512))
+        assert parse_leader(bytes(data)) is not None and int.from_bytes(data[:4], "little") == LOCKSPACE_MAGIC
+        data[32:40] = host_id.to_bytes(8, "little")
+        data[152:160] = timestamp.to_bytes(8, "little")
+        data[174:176] = (1).to_bytes(2, "little")
+        file.seek((host_id - 1) * 512)
+        file.write(data)
+
+
+def test_embedded_refuses_a_domain_that_another_host_renews(tmp_path):
+    path = lease_file(tmp_path / "ids", "space", [])
+    record(path, 3, 1000)
+    clock = iter(range(1001, 2000))
+
+    def sleep(seconds):
+        record(path, 3, next(clock))
+
+    leases = EmbeddedLeases(str(tmp_path), boot_clock, sleep)
+    with pytest.raises(LeaseHeld, match="host 3 uses this domain"):
+        leases.join("space", 1, LeaseArea(str(path), 0))
+    with pytest.raises(LeaseError, match="not joined"):
+        leases.acquire(Lease("space", "SDM", LeaseArea(str(path), 0)))
+
+
+def test_embedded_takes_a_domain_whose_hosts_are_gone_after_their_limit(tmp_path):
+    path = lease_file(tmp_path / "ids", "space", [])
+    record(path, 3, 1000)
+    slept = []
+    assert live_hosts(LeaseArea(str(path), 0), slept.append) == []
+    assert sum(slept) == TIMING.limit_s
+
+
+def test_embedded_lease_is_held_against_another_process_until_its_helpers_end(tmp_path):
+    with make_embedded(tmp_path) as one, make_embedded(tmp_path) as two:
+        for setup in (one, two):
+            setup.leases.join("space", 1, setup.area)
+        one.leases.acquire(one.sdm)
+        (inherited,) = (os.dup(fd) for fd in one.leases.filenos())
+        one.leases.release(one.sdm)
+        with pytest.raises(LeaseHeld, match="another process"):
+            two.leases.acquire(two.sdm)
+        assert two.leases.owner(two.sdm) is not None
+        os.close(inherited)
+        two.leases.acquire(two.sdm)

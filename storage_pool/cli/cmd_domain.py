@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qcowlib.errors import Error
 from qcowlib.units import human_size
-from storage_pool import block_group
+from storage_pool import activation, block_group, mounts
 from storage_pool.block_domain import BlockDomain
 from storage_pool.check import check_domain, mend
 from storage_pool.cli.hosting import make_lvm, now, open_domain, take_token
@@ -76,6 +76,20 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
         parser.add_argument("place", nargs="+" if verb == "extend" else 1, metavar="DEVICE")
         if verb == "extend":
             parser.add_argument("--force", action="store_true", help="take devices that hold something")
+    for verb, run, text in (
+        ("mount", _mount, "mount the storage of file domains where hosts look for it"),
+        ("unmount", _unmount, "unmount it"),
+    ):
+        parser = add(verb, run, text)
+        parser.add_argument("remote", metavar="REMOTE", help="such as host:/path, a device or a directory")
+        parser.add_argument("--type", choices=("NFS", "POSIXFS", "GLUSTERFS", "LOCALFS"), default="NFS")
+        parser.add_argument("--root", default="/rhev/data-center", metavar="DIRECTORY")
+        if verb == "mount":
+            parser.add_argument("--file-system", default=None, metavar="NAME", help="of POSIXFS")
+            parser.add_argument("--option", action="append", default=[], help="for mount; may be repeated")
+    add("deactivate", _deactivate, "deactivate logical volumes that nobody on this host has open").add_argument(
+        "domain", metavar="UUID"
+    )
     add("monitor", _monitor, "read from domains once and tell how long it took").add_argument(
         "place", nargs="+", metavar="DIRECTORY|UUID"
     )
@@ -299,6 +313,38 @@ def _reduce(arguments: argparse.Namespace, output: Output) -> int:
 def _resize(arguments: argparse.Namespace, output: Output) -> int:
     with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
         block_group.resize_device(token, _group(domain), arguments.place[0])
+    return 0
+
+
+def _mount(arguments: argparse.Namespace, output: Output) -> int:
+    target = mounts.mount(
+        SystemRunner(),
+        arguments.root,
+        arguments.type,
+        arguments.remote,
+        file_system=arguments.file_system,
+        options=arguments.option,
+    )
+    if output.as_json:
+        output.document({"path": target})
+    else:
+        output.line(target)
+    return 0
+
+
+def _unmount(arguments: argparse.Namespace, output: Output) -> int:
+    mounts.unmount(SystemRunner(), arguments.root, arguments.type, arguments.remote)
+    return 0
+
+
+def _deactivate(arguments: argparse.Namespace, output: Output) -> int:
+    with open_domain(arguments, arguments.domain) as domain:
+        left = activation.deactivate_unused(_group(domain))
+    if output.as_json:
+        output.document({"in_use": left})
+    else:
+        for name in left:
+            output.line(f"{name}: in use, still active")
     return 0
 
 

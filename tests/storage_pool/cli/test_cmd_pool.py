@@ -66,3 +66,13 @@ def test_domains_are_watched_and_one_that_is_lost_is_told_with_status_3(answer, 
     assert main(["domain", "monitor", str(path)]) == 0
     assert "READ DELAY" in capfd.readouterr().out
     assert "no devices" in answer("domain", "extend", path, "/dev/null", status=1)
+
+
+def test_local_storage_is_mounted_as_a_link_and_a_directory_has_no_volumes_to_deactivate(answer, place, tmp_path):
+    path = place()
+    options = (path, "--type", "LOCALFS", "--root", tmp_path / "root")
+    mounted = answer("domain", "mount", *options)["path"]
+    assert answer("domain", "show", mounted)["uuid"] == uuid_of(answer, path)
+    answer("domain", "unmount", *options)
+    assert "neither a directory" in answer("domain", "show", mounted, status=1)
+    assert "no devices" in answer("domain", "deactivate", path, status=1)

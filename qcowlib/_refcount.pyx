@@ -17,7 +17,8 @@ from libc.string cimport memcpy
 
 from qcowlib._extent cimport Run, RunList, rv_append
 from qcowlib._ondisk cimport (
-    RUN_COMPRESSED, RUN_DATA, QC_COMPRESSED, QC_COPIED, QC_OFFSET_MASK, QC_RT_OFFSET_MASK, qc_be64, qc_get_refcount, qc_put64, qc_set_refcount,
+    QC_COMPRESSED, QC_COPIED, QC_OFFSET_MASK, QC_RT_OFFSET_MASK, RUN_COMPRESSED, RUN_DATA,
+    qc_be64, qc_get_refcount, qc_put64, qc_set_refcount,
 )
 
 cdef enum:

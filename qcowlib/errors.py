@@ -91,13 +91,17 @@ class SecretError(Error, PermissionError):
 
 
 class Busy(Error, BlockingIOError):
-    """Somebody else holds the image; *pid* names the holder where known."""
+    """Somebody else holds the image; *pid* is the holder where known, and then ``str()`` names it."""
 
     def __init__(
         self, message: str, *, path: str | None = None, hint: str | None = None, pid: int | None = None
     ) -> None:
         super().__init__(message, path=path, hint=hint)
         self.pid = pid
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.pid is None else f"{text} (process {self.pid} holds it)"
 
 
 class Cancelled(Error):

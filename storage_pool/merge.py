@@ -4,8 +4,8 @@
 
 Steps, each of which may be run again:
 
-1. note "merge:<top>" on base, from then on :func:`recover_merges` ends it
-2. base has room and capacity for top, and becomes ILLEGAL
+1. base has room for top; note "merge:<top>" on base, from then on :func:`recover_merges` ends it
+2. base becomes ILLEGAL and has the capacity of top
 3. top's data are written into base
 4. top becomes ILLEGAL
 5. what stood on top stands on base: image, then record, then tag
@@ -78,9 +78,12 @@ def merge(token: SpmToken, domain: Domain, image: str, top: str) -> str:
 
     Raises: Illegal, NotFound, MetadataError, NoSpace, StorageError.
     """
-    base, _ = check_merge(ImageGroup.load(domain, image), top)
+    group = ImageGroup.load(domain, image)
+    base, _ = check_merge(group, top)
+    # First, for a full group must be told before anything is changed.
+    _make_room(token, domain, base, group.records[base], top, group.records[top])
     domain.set_note(token, base, f"{_NOTE}{top}")
-    _finish(token, domain, image, base, top)
+    _finish(token, domain, image, base, top, roomy=True)
     return base
 
 
@@ -95,13 +98,13 @@ def recover_merges(token: SpmToken, domain: Domain) -> list[str]:
     return ended
 
 
-def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str) -> None:
+def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str, *, roomy: bool = False) -> None:
     entry = domain.entries().get(top)
     live = entry is not None and not entry.removed and not entry.initializing
     if live:
         top_record = domain.record(top)
         if top_record.legality == mv.LEGAL:
-            _prepare(token, domain, base, top, top_record)
+            _prepare(token, domain, base, top, top_record, roomy=roomy)
             _commit(token, domain, base, top)
             domain.write_record(token, top, top_record._replace(legality=mv.ILLEGAL))
         _relink(token, domain, base, top)
@@ -118,20 +121,27 @@ def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str) ->
     domain.set_note(token, base, None)
 
 
-def _prepare(token: SpmToken, domain: Domain, base: str, top: str, top_record: VolumeMetadata) -> None:
+def _make_room(
+    token: SpmToken, domain: Domain, base: str, record: VolumeMetadata, top: str, top_record: VolumeMetadata
+) -> None:
+    if record.format == RAW:
+        domain.extend(token, base, top_record.capacity)
+    elif domain.block:
+        domain.extend(token, base, _needed(domain, base, record, top, top_record))
+
+
+def _prepare(token: SpmToken, domain: Domain, base: str, top: str, top_record: VolumeMetadata, *, roomy: bool) -> None:
     record = domain.record(base)
     if record.legality == mv.LEGAL:
         if domain.metadata.version < 3:
             domain.set_writable(token, [base], True)
         record = record._replace(legality=mv.ILLEGAL)
         domain.write_record(token, base, record)
-    if record.format == RAW:
-        domain.extend(token, base, top_record.capacity)
-        if domain.block and record.capacity < top_record.capacity:
-            # New extents hold what they held; where top has nothing the disk reads zeros.
-            zero_from(token, domain, base, record.capacity)
-    elif domain.block:
-        domain.extend(token, base, _needed(domain, base, record, top, top_record))
+    if not roomy:
+        _make_room(token, domain, base, record, top, top_record)
+    if domain.block and record.format == RAW and record.capacity < top_record.capacity:
+        # New extents hold what they held; where top has nothing the disk reads zeros.
+        zero_from(token, domain, base, record.capacity)
     if record.capacity < top_record.capacity:
         domain.write_record(token, base, record._replace(capacity=top_record.capacity))
 

@@ -1,0 +1,133 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Where other hosts do what hurts their users, and this package does not."""
+
+import os
+
+import pytest
+
+from storage_pool import check, layout
+from storage_pool import image_group as ig
+from storage_pool import merge as mg
+from storage_pool import snapshot as sn
+from storage_pool import volume as vol
+from storage_pool.errors import NoSpace
+from storage_pool.ids import make_id
+from storage_pool.lease_records import resource_area, write_area
+
+MIB = 1 << 20
+SIZE = 4 * MIB
+CTIME = 1617235200
+LVM = pytest.mark.real("lvm", "losetup", "mke2fs")
+
+
+def disk(domain, token, length=1, **options):
+    spec = vol.VolumeSpec(make_id(), make_id(), **{"capacity": SIZE, **options})
+    vol.create_volume(token, domain, spec, CTIME)
+    volumes = [spec.volume]
+    for _ in range(length - 1):
+        volumes.append(sn.create_snapshot(token, domain, spec.image, ctime=CTIME))
+    return spec.image, volumes
+
+
+@LVM
+@pytest.mark.parametrize("version", [3, 5])
+def test_the_slot_of_a_removed_volume_keeps_nothing(block_domain, token, version):
+    domain = block_domain(version)
+    image, volumes = disk(domain, token)
+    offset = layout.slot_offset(domain.slot_of(volumes[0]), version)
+    vol.remove_volumes(token, domain, image, volumes)
+    data = bytearray(512)
+    with domain.special("metadata") as storage:
+        storage.read_into(offset, [data])
+    assert not any(data)
+
+
+def test_a_role_that_is_right_is_not_written_again(make_domain, token, monkeypatch):
+    domain = make_domain()
+    _, volumes = disk(domain, token, 2)
+    monkeypatch.setattr(domain, "write_record", None)
+    for volume in volumes:
+        vol.recheck_role(token, domain, volume)
+
+
+def test_a_record_is_durable_before_and_after_its_name_is(file_domain, token, monkeypatch):
+    domain = file_domain()
+    _, volumes = disk(domain, token)
+    done = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))  # noqa: PTH115
+    monkeypatch.setattr(os, "rename", lambda *a, **o: (done.append("rename"), rename(*a, **o)))
+    vol.update_volume(token, domain, volumes[0], description="new")
+    new, renamed, folder = done
+    assert new.endswith(".meta.new") and renamed == "rename" and folder == os.path.dirname(new)
+
+
+def test_backing_names_do_not_grow_with_merges(make_domain, token):
+    domain = make_domain()
+    image, volumes = disk(domain, token, 6)
+    for volume in volumes[1:-1]:
+        mg.merge(token, domain, image, volume)
+    storage = domain.open_volume(volumes[-1])
+    assert ig.backing_of(storage)[0] == volumes[0]
+    storage.close()
+
+
+@pytest.mark.parametrize("kind", ["file", pytest.param("block", marks=LVM)])
+def test_a_lease_under_the_name_of_an_old_merge_is_found_and_written_anew(request, token, kind):
+    domain = request.getfixturevalue(f"{kind}_domain")(3)
+    _, volumes = disk(domain, token)
+    view = domain.metadata
+    wrong = resource_area(view.uuid, f"{volumes[0]}_MERGE", block_size=view.block_size, alignment=view.alignment)
+    if domain.block:
+        with domain.special("leases", writable=True) as storage:
+            write_area(storage, layout.lease_offset(domain.slot_of(volumes[0]), view.alignment), wrong)
+    else:
+        with domain.root.open(
+            os.path.relpath(domain.path_of(volumes[0]) + ".lease", domain.name), writable=True
+        ) as area:
+            write_area(area, 0, wrong)
+    (finding,) = check.check_domain(domain).findings
+    assert "_MERGE" in finding.text and finding.repair == "write lease"
+    assert check.mend(token, domain).clean
+    assert domain.lease_name(volumes[0]) == volumes[0]
+
+
+@LVM
+def test_a_merge_without_room_is_refused_before_any_change(block_domain, token):
+    domain = block_domain()
+    image, volumes = disk(domain, token, 3, capacity=10 << 30)
+    with vol.open_image(domain, volumes[1], writable=True) as opened:
+        opened.pwrite(b"x" * 200 * MIB, 0)
+    domain.reduce(token, volumes[0], 128 * MIB)
+    filler = domain.state.vg.free
+    disk(domain, token, capacity=filler, format="RAW", type="PREALLOCATED")
+    assert domain.state.vg.free == 0
+    before = {volume: domain.read_record(volume) for volume in volumes}
+    with pytest.raises(NoSpace):
+        mg.merge(token, domain, image, volumes[1])
+    assert {volume: domain.read_record(volume) for volume in volumes} == before
+    assert check.check_domain(domain).clean
+
+
+@LVM
+def test_extents_and_a_device_node_show_the_same_bytes(block_domain, token, runner):
+    """A loop device on the one segment stands for the node that a device mapper would make."""
+    domain = block_domain()
+    _, volumes = disk(domain, token, format="RAW", type="PREALLOCATED", capacity=128 * MIB)
+    (place,) = domain.state.placements(volumes[0])
+    window = ["--offset", str(place.offset), "--sizelimit", str(place.size)]
+    device = runner.run(["losetup", "--find", "--show", *window, place.device]).stdout.decode().strip()
+    try:
+        with vol.open_image(domain, volumes[0], writable=True) as image:
+            image.pwrite(b"by extents", 5 * MIB)
+        with open(device, "r+b", buffering=0) as node:
+            node.seek(5 * MIB)
+            assert node.read(10) == b"by extents"
+            node.seek(128 * MIB - 512)
+            node.write(b"by the node".ljust(512))
+            os.fsync(node.fileno())
+    finally:
+        runner.run(["losetup", "--detach", device])
+    with vol.open_image(domain, volumes[0]) as image:
+        assert image.size == 128 * MIB and image.pread(11, 128 * MIB - 512) == b"by the node"

@@ -194,7 +194,10 @@ def test_disks_are_exported_imported_uploaded_and_downloaded(engine):
     iso.upload_media("x.iso", io.BytesIO(b"123"))
     assert iso.media() == {"x.iso": 3}
     pool = engine.create_pool("p", data, export, iso)
-    assert list(pool.members.values()) == ["Active"] * 3 and pool.space() == data.space()
+    assert list(pool.members.values()) == ["Active"] * 3
+    # What is free on a file system that others use changes between two looks.
+    whole, part = pool.space(), data.space()
+    assert whole._replace(free=0) == part._replace(free=0)
 
 
 def test_everything_that_was_cut_is_ended(engine, tmp_path):

@@ -12,7 +12,7 @@ from qcowlib.cli.console import Console, Failure
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import ImageRef
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import hint_text, open_image, secret_of, tell_probed_raw
+from qcowlib.cli.opening import hint_text, open_image, references, secret_of, tell_probed_raw
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
 from qcowlib.cli.values import size_option
@@ -83,6 +83,7 @@ def _commit(ref: ImageRef, args: Args, cache: str, secret: bytes | None, progres
             format=ref.format,
             base=args.text("base"),
             empty=False if args.flag("keep") else None,
+            references=references(),
             cache=cache,  # type: ignore[arg-type]
             secret=secret,
             progress=progress.within(),

@@ -16,7 +16,7 @@ from qcowlib.cli.console import Console, Failure
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import ImageRef, image_ref
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import hint_text, open_image
+from qcowlib.cli.opening import hint_text, open_image, references
 from qcowlib.cli.optlist import OptionList, create_help, create_table, help_wanted
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
@@ -300,6 +300,7 @@ class _Conversion:
             copy_offload=args.flag("offload"),
             out_of_order=args.flag("out-of-order"),
             salvage=self._salvage if args.flag("salvage") else None,
+            references=references(),
             cache=cache,  # type: ignore[arg-type]
             progress=progress.within(),
             rate=args.number("rate") or None,

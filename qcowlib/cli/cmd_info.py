@@ -12,9 +12,9 @@ from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.describe import describe, snapshot_table
 from qcowlib.cli.jsonout import human, pretty
 from qcowlib.cli.names import ImageRef, image_ref
-from qcowlib.cli.opening import open_failure, open_storage, tell_lost_bitmaps
+from qcowlib.cli.opening import open_failure, open_storage, references, tell_lost_bitmaps
 from qcowlib.cli.parser import Args, Command, Option
-from qcowlib.errors import Error
+from qcowlib.errors import Error, printable
 from qcowlib.units import human_size
 
 TYPE_CHECKING = False
@@ -67,19 +67,44 @@ def run(args: Args, console: Console) -> int:
 
 
 def _chain(ref: ImageRef, args: Args, console: Console) -> list[dict[str, Json]]:
-    found: list[dict[str, Json]] = []
-    seen = set()
-    while True:
-        if ref.path in seen:
-            raise Failure(f"Backing file '{ref.path}' creates an infinite loop.")
-        seen.add(ref.path)
-        item = _one(ref, args, console)
+    found = [_one(ref, args, console)]
+    seen = {ref.path}
+    while args.flag("chain") and isinstance(found[-1].get("full-backing-filename"), str):
+        try:
+            ref = _next(ref, found[-1])
+            if ref.path in seen:
+                raise Failure(f"Backing file '{ref.path}' creates an infinite loop.")
+            seen.add(ref.path)
+            item = _one(ref, args, console)
+        except Failure as failure:
+            failure.messages = tuple(printable(message) for message in failure.messages)
+            raise
+        # The name comes from an image, not from the user.
+        if not options.wants_json(args):
+            item["filename"] = printable(str(item["filename"]))
         found.append(item)
-        backing = item.get("full-backing-filename")
-        if not args.flag("chain") or not isinstance(backing, str):
-            return found
-        fmt = item.get("backing-filename-format")
-        ref = image_ref(backing, fmt if isinstance(fmt, str) else None)
+    return found
+
+
+def _next(ref: ImageRef, item: dict[str, Json]) -> ImageRef:
+    """Return the backing file that *item*, the description of *ref*, names."""
+    _check_allowed(ref, str(item["backing-filename"]))
+    fmt = item.get("backing-filename-format")
+    return image_ref(str(item["full-backing-filename"]), fmt if isinstance(fmt, str) else None)
+
+
+def _check_allowed(ref: ImageRef, name: str) -> None:
+    """Refuse what the policy for files that images name refuses.  Raises :class:`Failure`."""
+    from qcowlib.errors import GateDenied
+    from qcowlib.gate import parse_name
+
+    try:
+        path = parse_name(name, owner=ref.path).path
+        references().open("backing", path, ref.path, writable=False, cache="writeback").close()
+    except GateDenied as error:
+        raise open_failure(name, error) from None
+    except Error:
+        return  # what opens it next says it better
 
 
 def _one(ref: ImageRef, args: Args, console: Console) -> dict[str, Json]:
@@ -112,7 +137,7 @@ def _text(item: dict[str, Json]) -> str:
     if "backing-filename" in item:
         lines.append(_backing_line(item))
     if "backing-filename-format" in item:
-        lines.append(f"backing file format: {item['backing-filename-format']}\n")
+        lines.append(f"backing file format: {printable(str(item['backing-filename-format']))}\n")
     snapshots = item.get("snapshots")
     if isinstance(snapshots, list):
         lines.append("Snapshot list:\n" + snapshot_table(snapshots))
@@ -124,5 +149,5 @@ def _text(item: dict[str, Json]) -> str:
 
 def _backing_line(item: dict[str, Json]) -> str:
     name, full = item["backing-filename"], item.get("full-backing-filename")
-    where = f" (actual path: {full})" if full != name else ""
-    return f"backing file: {name}{where}\n"
+    where = f" (actual path: {printable(str(full))})" if full != name else ""
+    return f"backing file: {printable(str(name))}{where}\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from qcowlib.cli import creation, options
 from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import hint_text, open_image, secret_of
+from qcowlib.cli.opening import hint_text, open_image, references, secret_of
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
 from qcowlib.errors import Error
@@ -82,6 +82,7 @@ def _rebase(ref: ImageRef, args: Args, cache: str, source_cache: str, secret: by
             args.text("backing-format"),
             format=ref.format,
             unsafe=args.flag("unsafe"),
+            references=references(),
             cache=cache,  # type: ignore[arg-type]
             source_cache=source_cache,  # type: ignore[arg-type]
             secret=secret,

@@ -9,6 +9,8 @@ scripts have come to depend on; the order is a function of the keys alone
 
 from __future__ import annotations
 
+from qcowlib.errors import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,5 +119,5 @@ def human(value: Json, level: int) -> str:
 
 
 def human_scalar(value: Json) -> str:
-    """Return a scalar as people read it."""
-    return value if isinstance(value, str) else _scalar(value)
+    """Return a scalar as people read it; what an image says cannot move the cursor or begin a line."""
+    return printable(value) if isinstance(value, str) else _scalar(value)

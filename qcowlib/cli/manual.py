@@ -87,6 +87,10 @@ changes nothing.
 .B QEMU_IMG_NAME
 the name that lines on the standard error begin with
 .TP
+.B QCOW_REFERENCES
+which backing and data files an image may name: any (as qemu\\-img), folder (only inside the folder of
+the image) or none
+.TP
 .B QCOW_DEBUG
 1: show where an unexpected error came from
 .SH SEE ALSO

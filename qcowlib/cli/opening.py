@@ -8,9 +8,11 @@ the name as typed.
 
 from __future__ import annotations
 
+import os
+
 from qcowlib.cli.console import Failure
 from qcowlib.cli.names import FORMATS
-from qcowlib.errors import Error
+from qcowlib.errors import Error, printable
 from qcowlib.ondisk.header import HEADER_READ, Header, header_read_size, is_qcow2
 from qcowlib.storage.file import FileStorage
 from qcowlib.storage.imagelock import lock_image
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from qcowlib.cli.console import Console
     from qcowlib.cli.names import ImageRef
+    from qcowlib.gate import References
     from qcowlib.image import Image
     from qcowlib.storage.base import Storage
 
@@ -32,6 +35,7 @@ __all__ = [
     "open_storage",
     "read_header",
     "recognise_luks",
+    "references",
     "secret_of",
     "tell_lost_bitmaps",
     "tell_probed_raw",
@@ -129,6 +133,20 @@ def read_header(storage: Storage, fmt: str | None) -> Header | None:
     return Header.parse(bytes(data), size, path=storage.name, no_io=True)
 
 
+def references() -> References:
+    """Return the policy for files that images name, from ``QCOW_REFERENCES``.  Raises :class:`Failure`."""
+    from qcowlib import gate
+
+    wanted = os.environ.get("QCOW_REFERENCES", "any")
+    if wanted == "any":
+        return gate.qemu_like
+    if wanted == "folder":
+        return gate.same_directory()
+    if wanted == "none":
+        return gate.deny_all
+    raise Failure(f"QCOW_REFERENCES must be any, folder or none, not '{printable(wanted)}'")
+
+
 def recognise_luks(ref: ImageRef, view: Storage) -> None:
     """Set the format of *ref* if none was asked for and *view* is a LUKS file."""
     if ref.format is None:
@@ -185,6 +203,7 @@ def open_image(
             secret=secret_of(ref, secrets),
             data_file=ref.data_file,
             backing=backing,
+            references=references(),
         )
     except Error as error:
         raise open_failure(ref.text, error, code=code) from None
@@ -228,13 +247,15 @@ def check_backing(ref: ImageRef, header: Header) -> None:
     """Open and close the backing chain of *ref*, as opening the image would.  Raises :class:`Failure`."""
     if not header.backing_file:
         return
+    from qcowlib.gate import parse_name
     from qcowlib.image import open as open_any
-    from qcowlib.info import full_backing_name
 
-    full = full_backing_name(ref.path, header.backing_file.decode("utf-8", "surrogateescape"))
+    policy = references()
     fmt = header.backing_format.decode("utf-8", "surrogateescape") if header.backing_format else None
     try:
-        open_any(full.removeprefix("file:"), format=fmt).close()
+        named = parse_name(header.backing_file.decode("utf-8", "surrogateescape"), owner=ref.path)
+        storage = policy.open("backing", named.path, ref.path, writable=False, cache="writeback")
+        open_any(storage, format=fmt or named.format, references=policy).close()
     except Error as error:
         error.message = f"Could not open backing file: {error.message}"
         raise open_failure(ref.text, error) from None

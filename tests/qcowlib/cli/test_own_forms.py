@@ -78,3 +78,33 @@ def test_no_line_ends_in_a_traceback(qcow: Any, command: str) -> None:
         outcome = qcow(command, *words)
         assert "Traceback" not in outcome.err
         assert "internal error" not in outcome.err, (command, words, outcome.err)
+
+
+def test_references_can_be_kept_inside_the_folder(qcow: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    (tmp_path / "inner").mkdir()
+    qcow("create", "-q", "-f", "qcow2", "outside", "1M")
+    qcow("create", "-q", "-f", "qcow2", "inner/base", "1M")
+    qcow("create", "-q", "-f", "qcow2", "-b", "../outside", "-F", "qcow2", "inner/escapes")
+    qcow("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "inner/stays")
+    commands = (["info", "--backing-chain"], ["check"], ["map"], ["compare", "outside"], ["commit", "-d"])
+    for words in commands:
+        assert qcow(*words, "inner/escapes").status == 0
+    monkeypatch.setenv("QCOW_REFERENCES", "folder")
+    for words in commands:
+        assert qcow(*words, "inner/stays").status == 0
+        outcome = qcow(*words, "inner/escapes")
+        assert outcome.status in (1, 2)
+        assert outcome.err.count("\n") == 1
+    monkeypatch.setenv("QCOW_REFERENCES", "none")
+    assert qcow("map", "inner/stays").status == 1
+    assert qcow("info", "inner/stays").status == 0
+    monkeypatch.setenv("QCOW_REFERENCES", "some")
+    assert "QCOW_REFERENCES must be" in qcow("map", "inner/stays").err
+
+
+def test_what_an_image_says_stays_on_its_line(qcow: Any) -> None:
+    qcow("create", "-q", "-f", "qcow2", "-u", "-b", "no\nfile\x1b[31m", "-F", "raw", "a", "1M")
+    outcome = qcow("info", "a")
+    assert "backing file: no\\nfile\\x1b[31m" in outcome.out
+    outcome = qcow("info", "--backing-chain", "a")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (1, "", 1)

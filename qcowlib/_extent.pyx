@@ -8,7 +8,7 @@ clusters are never merged: each has a descriptor of its own.
 """
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc, qsort, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, strlen
 
 from qcowlib._ondisk cimport QC_NO_OFFSET, RUN_COMPRESSED, RUN_HOLE, RUN_SPARSE, RUN_ZERO
 
@@ -129,9 +129,6 @@ cdef enum:
     DATA_FLAG = 2
     PRESENT_FLAG = 4
 
-cdef extern from "<stdio.h>" nogil:
-    int snprintf(char *buf, size_t size, const char *format, ...)
-
 
 cdef class MapText:
     """The lines of ``map --output=json``, from the runs of a chain in order.
@@ -166,7 +163,7 @@ cdef class MapText:
                     self.last.length += run.length
                     continue
                 if self.any:
-                    used += self._line(out + used, room - used, b",\n")
+                    used += self._line(out + used, b",\n")
                 self.last = run[0]
                 self.last.host = host
                 self.last_flags = flags
@@ -181,7 +178,7 @@ cdef class MapText:
         cdef size_t used
         if not self.any:
             return ""
-        used = self._line(out, LINE, b"")
+        used = self._line(out, b"")
         self.any = False
         return out[:used].decode("ascii")
 
@@ -201,15 +198,41 @@ cdef class MapText:
             return host == QC_NO_OFFSET
         return host == self.last.host + self.last.length
 
-    cdef size_t _line(self, char *out, size_t room, const char *end) noexcept:
-        cdef int used = snprintf(
-            out, room, b'{ "start": %llu, "length": %llu, "depth": %d, "present": %s, "zero": %s, "data": %s',
-            <unsigned long long> self.last.guest, <unsigned long long> self.last.length, self.last.layer,
-            b"true" if self.last_flags & PRESENT_FLAG else b"false",
-            b"true" if self.last_flags & ZERO_FLAG else b"false",
-            b"true" if self.last_flags & DATA_FLAG else b"false",
-        )
+    cdef size_t _line(self, char *out, const char *end) noexcept:
+        cdef char *at = _put_text(out, b'{ "start": ')
+        at = _put_number(at, self.last.guest)
+        at = _put_text(at, b', "length": ')
+        at = _put_number(at, self.last.length)
+        at = _put_text(at, b', "depth": ')
+        at = _put_number(at, self.last.layer)
+        at = _put_text(at, b', "present": true' if self.last_flags & PRESENT_FLAG else b', "present": false')
+        at = _put_text(at, b', "zero": true' if self.last_flags & ZERO_FLAG else b', "zero": false')
+        at = _put_text(at, b', "data": true' if self.last_flags & DATA_FLAG else b', "data": false')
         if self.last.host != QC_NO_OFFSET:
-            used += snprintf(out + used, room - used, b', "offset": %llu', <unsigned long long> self.last.host)
-        used += snprintf(out + used, room - used, b"}%s", end)
-        return used
+            at = _put_text(at, b', "offset": ')
+            at = _put_number(at, self.last.host)
+        at = _put_text(at, b"}")
+        return _put_text(at, end) - out
+
+
+cdef char *_put_text(char *out, const char *text) noexcept nogil:
+    cdef size_t length = strlen(text)
+    memcpy(out, text, length)
+    return out + length
+
+
+cdef char *_put_number(char *out, uint64_t number) noexcept nogil:
+    """Write *number* in decimal; returns where the next character goes."""
+    cdef char digits[20]
+    cdef int count = 0
+    while True:
+        digits[count] = <char> (48 + number % 10)
+        count += 1
+        number //= 10
+        if number == 0:
+            break
+    while count:
+        count -= 1
+        out[0] = digits[count]
+        out += 1
+    return out

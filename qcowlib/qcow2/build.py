@@ -23,7 +23,7 @@ from qcowlib.native import add_refcount, fill_entries
 from qcowlib.ondisk import CRYPT_LUKS, SUBCLUSTERS, ZERO, Header, pack_compressed
 from qcowlib.qcow2.layout import NewImage
 from qcowlib.storage.base import Storage
-from qcowlib.units import MiB, ceil_div
+from qcowlib.units import MiB, ceil_div, round_up
 
 __all__ = ["Builder"]
 
@@ -219,19 +219,25 @@ class Builder:
                 self._storage.zero(host, inside)
             _append(runs, host + inside, upto - position)
             cluster, expected, position = cluster + got, start + got, upto
-            self._last, self._last_host, self._last_end = cluster - 1, (expected - 1) << cluster_bits, upto
-            self._image.tail = max(self._image.tail, expected << cluster_bits)
+            self._last, self._last_host = cluster - 1, (expected - 1) << cluster_bits
+            self._reach(upto)
 
     def _extend_last(self, position: int, end: int, runs: list[tuple[int, int]]) -> int:
         """Use the cluster that the run before ended in; return where it ends."""
         header = self.header
         upto = min(end, (self._last + 1) << header.cluster_bits)
         runs.append((self._last_host + position % header.cluster_size, upto - position))
-        self._last_end = upto
+        self._reach(upto)
         if header.extended_l2:
             index = self._last % header.l2_entries
             self._or_bitmap(index, _subclusters(position, upto, header))
         return upto
+
+    def _reach(self, upto: int) -> None:
+        """The last cluster has data up to guest offset *upto*: QEMU writes its last subcluster whole."""
+        self._last_end = upto
+        inside = round_up(upto - (self._last << self.header.cluster_bits), self.header.subcluster_size)
+        self._image.tail = max(self._image.tail, self._last_host + inside)
 
     def _fill_rest(self, upto: int) -> None:
         """Zero what follows the data in the last cluster, up to guest offset *upto*."""

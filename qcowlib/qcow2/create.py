@@ -348,7 +348,7 @@ class _Creator(NewImage):
         """Place all data in one run behind refcount structures that suffice for it, tables after."""
         header, placement, storage = self.header, self.placement, self.storage
         clusters = ceil_div(header.size, header.cluster_size)
-        tables = ceil_div(clusters, header.l2_entries) + 2
+        tables = ceil_div(clusters, header.l2_entries) + 1
         start = placement.grow_table(placement.end, clusters + tables, exact=True)
         placement.allocate_at(start, clusters)
         end = (start + clusters) << header.cluster_bits

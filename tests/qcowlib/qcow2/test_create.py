@@ -213,6 +213,7 @@ def test_any_combination_is_made_or_refused_as_by_qemu(
     )
 )
 @example(CreateOptions(12345678, cluster_size=512, refcount_bits=64, preallocation="metadata"))
+@example(CreateOptions(3869697, cluster_size=512, refcount_bits=64, preallocation="falloc"))
 def test_preallocated_image_is_the_one_qemu_makes(
     tmp_path_factory: pytest.TempPathFactory, options: CreateOptions
 ) -> None:

@@ -48,6 +48,7 @@ def bench_random_read(measure: Callable[..., None], filled: Path, scale: Scale, 
                 read(BLOCK, offset)
 
         measure(run, who=who, amount=len(offsets), unit="read")
+        assert bytes(read(8, 3 * MiB)) == (3).to_bytes(8, "big")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("who", peers.installed("qemu-img bench"))
@@ -61,26 +62,41 @@ def bench_strided_read(
     measure(lambda: peers.qemu_img(*command), who=f"{who} -d {depth}", amount=scale.operations, unit="read")
 
 
-@pytest.mark.benchmark(group="random read, 4 KiB, 4 threads")
-@pytest.mark.parametrize("who", peers.installed("qcowlib", "qcowlib, 1 thread"))
-def bench_random_read_threads(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
-    threads = 4 if who == "qcowlib" else 1
-    parts = [data_offsets(scale, scale.operations // threads, seed) for seed in range(threads)]
+@pytest.mark.parametrize("way", ["single", "batched"])
+@pytest.mark.parametrize("threads", [1, 4])
+def bench_random_read_threads(
+    benchmark: Any, measure: Callable[..., None], filled: Path, scale: Scale, threads: int, way: str
+) -> None:
+    benchmark.group = "random read, 4 KiB"
+    count = scale.operations // threads
+    parts = [data_offsets(scale, count, seed) for seed in range(threads)]
+    who = f"qcowlib, {way}, {threads} thread{'s' if threads > 1 else ''}"
     with qcowlib.open(filled) as image, ThreadPoolExecutor(threads) as pool:
 
-        def part(offsets: list[int]) -> None:
+        def part(offsets: list[int]) -> bytearray:
+            if way == "batched":
+                many = bytearray(len(offsets) * BLOCK)
+                image.preadinto_many(many, offsets, BLOCK)
+                return many[-BLOCK:]
             buffer = bytearray(BLOCK)
             for offset in offsets:
                 image.preadinto(buffer, offset)
+            return buffer
 
-        measure(lambda: list(pool.map(part, parts)), who=who, amount=scale.operations, unit="read")
+        measure(lambda: list(pool.map(part, parts)), who=who, amount=count * threads, unit="read")
+        assert [part(offsets) for offsets in parts] == [image.pread(BLOCK, offsets[-1]) for offsets in parts]
 
 
 @pytest.mark.benchmark(group="random write, 4 KiB, mapped")
-@pytest.mark.parametrize("who", peers.installed("qcowlib", "libnbd"))
+@pytest.mark.parametrize("who", peers.installed("qcowlib", "libnbd", "qemu-img bench"))
 def bench_random_write(measure: Callable[..., None], filled: Path, scale: Scale, who: str) -> None:
     offsets = data_offsets(scale, scale.operations)
     data = b"w" * BLOCK
+    if who == "qemu-img bench":
+        command = ["bench", "-w", "-f", "qcow2", "-c", str(scale.operations), "-d", "16", "-s", str(BLOCK)]
+        command += ["-t", "writeback", "-S", str(13 * BLOCK), "--flush-interval", str(scale.operations)]
+        measure(lambda: peers.qemu_img(*command, filled), who=who, amount=scale.operations, unit="write")
+        return
     if who == "qcowlib":
         opened: Any = qcowlib.open(filled, "r+")
     else:
@@ -93,6 +109,7 @@ def bench_random_write(measure: Callable[..., None], filled: Path, scale: Scale,
             image.flush()
 
         measure(run, who=who, amount=len(offsets), unit="write")
+        assert bytes(image.pread(BLOCK, offsets[-1])) == data
 
 
 @pytest.mark.parametrize("who", peers.installed("qcowlib", "libnbd", "qemu-img bench"))
@@ -123,7 +140,8 @@ def bench_allocating_write(
                 image.pwrite(data, offset)
             image.flush()
 
-    measure(run, who=who, amount=count, unit="write", setup=fresh)
+    measure(run, who=who, amount=count, unit="write", setup=fresh, slow=who == "libnbd")
+    peers.must_be_clean(path)
     path.unlink()
 
 

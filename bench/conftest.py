@@ -69,17 +69,25 @@ def realistic(bench_dir: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def measure(benchmark: Any, scale: Scale) -> Callable[..., None]:
-    """Return ``measure(function, who=, amount=, unit=, setup=)``: one warm-up, then the rounds of this scale.
+    """Return ``measure(function, who=, amount=, unit=, setup=, slow=)``: one warm-up, then the rounds of this scale.
 
-    *amount* operations or bytes are done by one call; *setup* runs before each, untimed.
+    *amount* operations or bytes are done by one call; *setup* runs before
+    each, untimed.  What is *slow* has two rounds and no warm-up.
     """
 
     def run(
-        function: Callable[[], object], *, who: str, amount: int = 1, unit: str = "call", setup: Any = None
+        function: Callable[[], object],
+        *,
+        who: str,
+        amount: int = 1,
+        unit: str = "call",
+        setup: Any = None,
+        slow: bool = False,
     ) -> None:
         benchmark.extra_info.update(who=who, amount=amount, unit=unit)
+        rounds = min(scale.rounds, 2) if slow else scale.rounds
         benchmark.pedantic(
-            function, setup=setup, rounds=scale.rounds, iterations=1, warmup_rounds=min(1, scale.rounds - 1)
+            function, setup=setup, rounds=rounds, iterations=1, warmup_rounds=0 if slow else min(1, rounds - 1)
         )
 
     return run

@@ -168,6 +168,10 @@ class EmbeddedLeases:
         """See :class:`~spm.proof.ProvingLeases`."""
         return True
 
+    def drop(self, lease: Lease) -> None:
+        """See :class:`~spm.proof.ProvingLeases`."""
+        self.release(lease)
+
     def settle_s(self, lease: Lease) -> float:
         """See :class:`~spm.proof.ProvingLeases`."""
         return 0.0

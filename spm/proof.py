@@ -39,6 +39,12 @@ class ProvingLeases(Leases, Protocol):
     def connected(self) -> bool:
         """Whether the daemon that granted this process its leases still knows it."""
 
+    def drop(self, lease: Lease) -> None:
+        """Give up a lease that is lost, without waiting for a daemon that may stand still.
+
+        Other leases of this object may be given up too.
+        """
+
     def settle_s(self, lease: Lease) -> float:
         """Return how long after :meth:`acquire` the first change must wait; ask before it.
 

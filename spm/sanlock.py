@@ -8,8 +8,8 @@ run them where blocking is allowed (a join waits for seconds, an acquire for
 the death of a host).  What a lease *is* gets read from storage here, with
 direct I/O and without the daemon, which may be stopped.
 
-Invariant: one registered connection holds all leases of this process.  Its
-end frees them, so helper programs inherit it (:meth:`SanlockLeases.fileno`):
+Invariant: one registered connection holds all leases of one object (one pool).
+Its end frees them, so helper programs inherit it (:meth:`SanlockLeases.fileno`):
 a lease cannot be freed by the death of its holder while a helper may still
 write.
 
@@ -303,6 +303,10 @@ class SanlockLeases:
         if self._connection >= 0:
             os.close(self._connection)
             self._connection = -1
+
+    def drop(self, lease: Lease) -> None:
+        """See :class:`~spm.proof.ProvingLeases`; the daemon frees the lease when it sees the connection closed."""
+        self.close()
 
     def join(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
         """See :class:`~storage_pool.leases.Leases`; waits, at most until the id's former holder is dead."""

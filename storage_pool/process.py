@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from .errors import ProcessError, printable
@@ -66,12 +66,23 @@ class ProcessRunner(Protocol):
 
 
 class SystemRunner:
-    """The real one; runs *limit* programs at once, further callers wait."""
+    """The real one; runs *limit* programs at once, further callers wait.
 
-    __slots__ = ("_env", "slots")
+    Programs also get the descriptors that *inherit* returns.
+    """
 
-    def __init__(self, path: str = "/usr/sbin:/usr/bin:/sbin:/bin", *, limit: int = PROCESS_LIMIT) -> None:
+    __slots__ = ("_env", "_inherit", "_running", "slots")
+
+    def __init__(
+        self,
+        path: str = "/usr/sbin:/usr/bin:/sbin:/bin",
+        *,
+        limit: int = PROCESS_LIMIT,
+        inherit: Callable[[], Sequence[int]] = tuple,
+    ) -> None:
         self._env = {"PATH": path, "LC_ALL": "C"}
+        self._inherit = inherit
+        self._running: set[int] = set()
         self.slots = threading.BoundedSemaphore(limit)
 
     def run(
@@ -88,9 +99,9 @@ class SystemRunner:
             # Files instead of pipes: a program with much to say on two
             # descriptors cannot block, and nothing has to be read meanwhile.
             out, err, report = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
-            passed: tuple[int, ...] = ()
+            passed = tuple(self._inherit())
             if report_variable is not None:
-                passed = (report.fileno(),)
+                passed = (*passed, report.fileno())
                 variables[report_variable] = str(report.fileno())
             try:
                 process = subprocess.Popen(
@@ -105,12 +116,22 @@ class SystemRunner:
                 )
             except (OSError, ValueError) as error:
                 raise ProcessError(f"cannot run {printable(argv[0])}: {printable(str(error))}") from error
-            returncode = _wait(process, argv[0], timeout_s)
+            self._running.add(process.pid)
+            try:
+                returncode = _wait(process, argv[0], timeout_s)
+            finally:
+                self._running.discard(process.pid)
             streams = []
             for stream in (out, err, report):
                 stream.seek(0)
                 streams.append(stream.read(OUTPUT_LIMIT))
         return Completed(tuple(argv), returncode, *streams)
+
+    def kill(self) -> None:
+        """End all programs that run now; their callers see how they ended."""
+        for pid in tuple(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], name: str, timeout_s: float) -> int:

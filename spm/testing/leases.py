@@ -238,6 +238,11 @@ class SimLeases:
         """See :class:`~spm.proof.ProvingLeases`."""
         return self._life == self.host.life
 
+    def drop(self, lease: Lease) -> None:
+        """See :class:`~spm.proof.ProvingLeases`."""
+        if self.host.healthy and self.host.reachable:
+            self.release(lease)
+
     def settle_s(self, lease: Lease) -> float:
         """See :class:`~spm.proof.ProvingLeases`."""
         owner = self.space.leader(lease).owner

@@ -6,7 +6,8 @@ Invariant: 0 and 100 per cent are always reported, anything between only when
 it moved far enough, so that the cost does not depend on the size of the job.
 
 compatible: ``    (N.NN/100%)`` and a carriage return on standard output, as
-qemu-img; on a terminal under our own name the rate and the time left follow.
+qemu-img; on a terminal under our own name the rate and the time left follow,
+elsewhere each is a line of its own.
 json: one object a line on standard error, for programs.
 """
 
@@ -34,7 +35,7 @@ class Progress:
     rate).  *form* is None (compatible) or ``json``.
     """
 
-    __slots__ = ("_console", "_enabled", "_form", "_last", "_start", "_step", "_total", "_verbose")
+    __slots__ = ("_after", "_console", "_enabled", "_form", "_last", "_start", "_step", "_total", "_verbose")
 
     def __init__(
         self, console: Console, enabled: bool, *, step: float = 1.0, total: int = 0, form: str | None = None
@@ -46,7 +47,10 @@ class Progress:
         self._total = total
         self._last = -1.0
         self._start = time.monotonic()
-        self._verbose = console.stdout_is_tty and not console.prog.startswith("qemu-img")
+        own = not console.prog.startswith("qemu-img")
+        # A pipe gets plain lines; only qemu-img's name promises what qemu-img prints there.
+        self._after = "\n" if own and not console.stdout_is_tty else "\r"
+        self._verbose = console.stdout_is_tty and own
 
     def report(self, done: float, total: float | None = None) -> None:
         """Report *done* of *total* (of 100 if None)."""
@@ -60,7 +64,7 @@ class Progress:
         if self._form == "json":
             self._console.err(self._json(percent) + "\n")
         else:
-            self._console.out(f"    ({percent:3.2f}/100%){self._details(percent)}\r")
+            self._console.out(f"    ({percent:3.2f}/100%){self._details(percent)}{self._after}")
             self._console.flush()
 
     def within(self) -> Callable[[int, int], object]:
@@ -77,7 +81,7 @@ class Progress:
 
     def end(self) -> None:
         """End the line of reports."""
-        if self._enabled and self._form is None:
+        if self._enabled and self._form is None and self._after == "\r":
             self._console.out("\n")
 
     def _estimate(self, percent: float) -> tuple[float, float]:

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 from typing import Any
 
 import pytest
 
-from qcowlib.cli.main import COMMANDS
+from qcowlib.cli.main import COMMANDS, main
 
 
 def test_several_files_give_a_list(qcow: Any) -> None:
@@ -108,3 +110,27 @@ def test_what_an_image_says_stays_on_its_line(qcow: Any) -> None:
     assert "backing file: no\\nfile\\x1b[31m" in outcome.out
     outcome = qcow("info", "--backing-chain", "a")
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (1, "", 1)
+
+
+def test_progress_is_plain_lines_in_a_pipe_and_qemus_under_its_name(qcow: Any) -> None:
+    qcow("create", "-q", "a", "1M")
+    assert qcow("convert", "-p", "a", "b").out == "    (0.00/100%)\n    (100.00/100%)\n    (100.00/100%)\n"
+    assert "\r" in qcow("convert", "-p", "a", "b", prog="qemu-img").out
+
+
+def test_progress_on_a_terminal_has_rate_and_time_left(tmp_path: Any) -> None:
+    (tmp_path / "a").write_bytes(b"x" * (8 << 20))
+    pid, fd = pty.fork()
+    if pid == 0:
+        os._exit(main(["convert", "-p", str(tmp_path / "a"), str(tmp_path / "b")], "qcow"))
+    text = b""
+    try:
+        while part := os.read(fd, 4096):
+            text += part
+    except OSError:
+        pass  # the end, as a terminal tells it
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(fd)
+    last = text.decode().split("\r")[-3]
+    assert last.startswith("    (100.00/100%) ")
+    assert last.rstrip().endswith("00:00:00 left")

@@ -101,6 +101,9 @@ def _change(ref: ImageRef, args: Args, action: tuple[str, str], secrets: Mapping
     with open_image(ref, console, secrets=secrets, writable=True) as image:
         if image.format == "raw":
             raise Failure(f"{_FAILED[verb]} '{name}': {_RAW[verb]}")
+        if compatible and verb == "apply" and image.bitmaps():
+            # Source: qemu-img; here bitmaps go on, with everything recorded as changed.
+            raise Failure(f"{_FAILED[verb]} '{name}': Device has active dirty bitmaps")
         try:
             if verb == "create":
                 image.create_snapshot(name, as_qemu=compatible)

@@ -27,7 +27,7 @@ def make(path: Path, kind: str, options: str = "") -> None:
     more = ",encrypt.iter-time=20" if kind == "luks" else ""
     words = ["qemu-img", "create", "-q", *OBJECT, "-f", "qcow2", "-o"]
     words += [f"encrypt.format={kind},encrypt.key-secret=key{more}{options}", str(path), str(SIZE)]
-    for _ in range(10):
+    for _ in range(40):
         if subprocess.run(words, capture_output=True).returncode == 0:
             return
     run(*words)

@@ -112,6 +112,26 @@ def bench_random_write(measure: Callable[..., None], filled: Path, scale: Scale,
         assert bytes(image.pread(BLOCK, offsets[-1])) == data
 
 
+@pytest.mark.benchmark(group="random write, 4 KiB, mapped")
+def bench_random_write_threads(measure: Callable[..., None], filled: Path, scale: Scale) -> None:
+    threads = 4
+    count = scale.operations // threads
+    parts = [data_offsets(scale, count, seed) for seed in range(threads)]
+    data = b"t" * BLOCK
+    with qcowlib.open(filled, "r+") as image, ThreadPoolExecutor(threads) as pool:
+
+        def part(offsets: list[int]) -> None:
+            for offset in offsets:
+                image.pwrite(data, offset)
+
+        def run() -> None:
+            list(pool.map(part, parts))
+            image.flush()
+
+        measure(run, who=f"qcowlib, {threads} threads", amount=count * threads, unit="write")
+        assert all(image.pread(BLOCK, offset) == data for offset in parts[-1])
+
+
 @pytest.mark.parametrize("who", peers.installed("qcowlib", "libnbd", "qemu-img bench"))
 @pytest.mark.parametrize("order", ["sequential", "random"])
 def bench_allocating_write(

@@ -26,4 +26,5 @@ check "$python" -m mypy --no-error-summary
 check "$python" -m mypy.stubtest --concise --ignore-positional-only --ignore-disjoint-bases \
     --allowlist tests/stubtest.txt --ignore-unused-allowlist $modules
 check lint-imports
+check reuse lint -q
 exit $status

@@ -66,12 +66,10 @@ SECTIONS = (
         "What calls return and take",
         "",
         {
-            "driver.py": ("Extent",),
+            "driver.py": ("Extent", "Snapshot", "Bitmap"),
             "info.py": ("ImageInfo",),
             "qcow2/check.py": ("Report",),
             "qcow2/references.py": ("Finding",),
-            "qcow2/bitmap.py": ("Bitmap",),
-            "ondisk/snapshots.py": ("SnapshotEntry",),
             "qcow2/create.py": ("Encryption",),
             "qcow2/amend.py": ("AmendOptions", "KeyChange"),
             "gate.py": ("References", "FileName", "parse_name", "resolve_name"),

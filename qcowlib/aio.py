@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from qcowlib import api
-from qcowlib.driver import Extent
+from qcowlib.driver import Bitmap, Extent, Snapshot
 from qcowlib.errors import UnsupportedFeature, UsageError
 from qcowlib.gate import References, qemu_like
 from qcowlib.image import OpenImage, check_range, run_extents
@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 
     from qcowlib.image import CacheMode
     from qcowlib.info import ImageInfo
-    from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
     from qcowlib.qcow2.amend import AmendOptions
-    from qcowlib.qcow2.bitmap import Bitmap
     from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.check import Report
     from qcowlib.qcow2.create import Preallocation
@@ -148,17 +146,17 @@ class Image(OpenImage):
 
     # -- internal snapshots ----------------------------------------------------
 
-    async def snapshots(self) -> list[SnapshotEntry]:
+    async def snapshots(self) -> list[Snapshot]:
         """Return the internal snapshots; empty for raw."""
         self._check_open()
         top = self._chain.top
         if not isinstance(top, Qcow2Image):
             return []
-        return await self._chain.runtime.io(read_snapshots, top.storage, top.header)
+        return list(map(Snapshot.of, await self._chain.runtime.io(read_snapshots, top.storage, top.header)))
 
-    async def create_snapshot(self, name: str, *, as_qemu: bool = False) -> SnapshotEntry:
+    async def create_snapshot(self, name: str, *, as_qemu: bool = False) -> Snapshot:
         """Take an internal snapshot."""
-        return await create_snapshot(self._writer(), name, as_qemu=as_qemu)
+        return Snapshot.of(await create_snapshot(self._writer(), name, as_qemu=as_qemu))
 
     async def apply_snapshot(self, wanted: str) -> None:
         """Go back to a snapshot (id, else name)."""
@@ -303,6 +301,20 @@ def _in_thread(function: Callable[P, R]) -> Callable[P, asyncio.Future[R]]:
 
     return call
 
+
+if TYPE_CHECKING:
+    backup = _in_thread(api.backup)
+    commit = _in_thread(api.commit)
+    compare = _in_thread(api.compare)
+    convert = _in_thread(api.convert)
+    create = _in_thread(api.create)
+    dd = _in_thread(api.dd)
+    flatten = _in_thread(api.flatten)
+    inspect = _in_thread(api.inspect)
+    measure = _in_thread(api.measure)
+    measure_backup = _in_thread(api.measure_backup)
+    rebase = _in_thread(api.rebase)
+    restore = _in_thread(api.restore)
 
 _NO_JOBS = {"deny_all", "directories", "open", "qemu_like", "same_directory"}
 _JOBS = {name for name in api.__all__ if name.islower()} - _NO_JOBS

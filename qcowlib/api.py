@@ -13,7 +13,7 @@ from qcowlib.image import Image, open
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from qcowlib.driver import Extent
+    from qcowlib.driver import Bitmap, Extent, Snapshot
     from qcowlib.info import ImageInfo
     from qcowlib.inspection import Inspection, inspect
     from qcowlib.jobs.backup import backup, measure_backup, restore
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from qcowlib.jobs.measure import Measurement, measure
     from qcowlib.jobs.rebase import flatten, rebase
     from qcowlib.qcow2.amend import AmendOptions, KeyChange
-    from qcowlib.qcow2.bitmap import Bitmap
     from qcowlib.qcow2.check import Report
 
 __all__ = [
@@ -39,6 +38,7 @@ __all__ = [
     "KeyChange",
     "Measurement",
     "Report",
+    "Snapshot",
     "backup",
     "commit",
     "compare",
@@ -60,7 +60,7 @@ __all__ = [
 
 _LATER = {
     "AmendOptions": "qcow2.amend",
-    "Bitmap": "qcow2.bitmap",
+    "Bitmap": "driver",
     "Comparison": "jobs.compare",
     "Extent": "driver",
     "ImageInfo": "info",
@@ -68,6 +68,7 @@ _LATER = {
     "KeyChange": "qcow2.amend",
     "Measurement": "jobs.measure",
     "Report": "qcow2.check",
+    "Snapshot": "driver",
     "backup": "jobs.backup",
     "commit": "jobs.commit",
     "compare": "jobs.compare",

@@ -10,7 +10,7 @@ ever changed.  A lookup resolves through all layers before any byte is read.
 
 from __future__ import annotations
 
-from qcowlib.driver import COMPRESSED, DATA, HOLE, SPARSE, ZERO
+from qcowlib.driver import COMPRESSED, DATA, HOLE, SPARSE, ZERO, Bitmap
 from qcowlib.errors import CorruptImage, Error, FormatError, StorageError, UnsupportedFeature, UsageError
 from qcowlib.native import ChainMap, LayerFds, RunList
 from qcowlib.ondisk import is_qcow2
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from qcowlib.ondisk import BitmapEntry
     from qcowlib.qcow2.amend import AmendOptions
-    from qcowlib.qcow2.bitmap import Bitmap
     from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.create import Preallocation
     from qcowlib.qcow2.write import Writer
@@ -284,8 +283,6 @@ class Chain:
 
     async def bitmaps(self) -> list[Bitmap]:
         """The persistent bitmaps of the top layer."""
-        from qcowlib.qcow2.bitmap import Bitmap
-
         return [Bitmap.of(entry) for entry in await self._bitmap_entries()]
 
     async def _bitmap_entries(self) -> list[BitmapEntry]:

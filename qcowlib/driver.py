@@ -26,12 +26,27 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final, Literal, NamedTuple
 
+    from qcowlib.ondisk.bitmaps import BitmapEntry
+    from qcowlib.ondisk.snapshots import SnapshotEntry
+
     ExtentKind = Literal["data", "zero", "hole", "compressed", "sparse"]
 else:
     from qcowlib.records import NamedTuple
 
 
-__all__ = ["COMPRESSED", "DATA", "END", "HOLE", "NO_OFFSET", "SPARSE", "ZERO", "Extent", "ExtentKind"]
+__all__ = [
+    "COMPRESSED",
+    "DATA",
+    "END",
+    "HOLE",
+    "NO_OFFSET",
+    "SPARSE",
+    "ZERO",
+    "Bitmap",
+    "Extent",
+    "ExtentKind",
+    "Snapshot",
+]
 
 HOLE: Final = 0
 ZERO: Final = 1
@@ -58,3 +73,51 @@ class Extent(NamedTuple):
     offset: int | None
     depth: int
     present: bool
+
+
+class Snapshot(NamedTuple):
+    """What callers see of an internal snapshot; sizes in bytes.
+
+    ``date`` is when it was taken, nanoseconds since 1970; ``vm_clock_nsec`` how
+    long the guest had run.  ``disk_size`` and ``icount`` are ``None`` where the
+    image does not tell.
+    """
+
+    id: str
+    name: str
+    date: int
+    vm_clock_nsec: int
+    vm_state_size: int
+    disk_size: int | None
+    icount: int | None
+
+    @classmethod
+    def of(cls, entry: SnapshotEntry) -> Snapshot:
+        """Return what the table entry says."""
+        return cls(
+            entry.id.decode("utf-8", "surrogateescape"),
+            entry.name.decode("utf-8", "surrogateescape"),
+            entry.date_sec * 1_000_000_000 + entry.date_nsec,
+            entry.vm_clock_nsec,
+            entry.vm_state_size,
+            entry.disk_size,
+            entry.icount,
+        )
+
+
+class Bitmap(NamedTuple):
+    """What callers see of a persistent bitmap; *granularity* is guest bytes a bit.
+
+    An *enabled* one records what changes from now on.  An *inconsistent* one
+    was not saved by its last writer: it can only be removed.
+    """
+
+    name: str
+    granularity: int
+    enabled: bool
+    inconsistent: bool
+
+    @classmethod
+    def of(cls, entry: BitmapEntry) -> Bitmap:
+        """Return what the directory entry says."""
+        return cls(entry.name.decode("utf-8", "surrogateescape"), entry.granularity, entry.auto, entry.in_use)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from qcowlib.chain import Chain
-from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET, SPARSE, ZERO, Extent
+from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET, SPARSE, ZERO, Extent, Snapshot
 from qcowlib.errors import OutOfRange, ReadOnly, UnsupportedFeature, UsageError
 from qcowlib.gate import References, qemu_like
 from qcowlib.native import RunList
@@ -31,12 +31,10 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from qcowlib.chain import Layer
-    from qcowlib.driver import ExtentKind
+    from qcowlib.driver import Bitmap, ExtentKind
     from qcowlib.info import ImageInfo
-    from qcowlib.ondisk import SnapshotEntry
     from qcowlib.opening import Secrets, Source
     from qcowlib.qcow2.amend import AmendOptions
-    from qcowlib.qcow2.bitmap import Bitmap
     from qcowlib.qcow2.bitmap_session import BitmapSession
     from qcowlib.qcow2.check import Report
     from qcowlib.qcow2.create import Preallocation
@@ -444,13 +442,13 @@ class Image(OpenImage):
 
     # -- internal snapshots ----------------------------------------------------
 
-    def snapshots(self) -> list[SnapshotEntry]:
+    def snapshots(self) -> list[Snapshot]:
         """Return the internal snapshots, oldest first; empty for raw."""
         self._check_open()
         top = self._chain.top
-        return read_snapshots(top.storage, top.header) if isinstance(top, Qcow2Image) else []
+        return list(map(Snapshot.of, read_snapshots(top.storage, top.header))) if isinstance(top, Qcow2Image) else []
 
-    def create_snapshot(self, name: str, *, as_qemu: bool = False) -> SnapshotEntry:
+    def create_snapshot(self, name: str, *, as_qemu: bool = False) -> Snapshot:
         """Take an internal snapshot of what the guest sees now; durable when this returns.
 
         A refused one changes nothing; with *as_qemu* one for which refcounts
@@ -460,7 +458,7 @@ class Image(OpenImage):
         """
         from qcowlib.qcow2.snapshot import create_snapshot
 
-        return self._runtime.run(create_snapshot(self._snapshot_writer(), name, as_qemu=as_qemu))
+        return Snapshot.of(self._runtime.run(create_snapshot(self._snapshot_writer(), name, as_qemu=as_qemu)))
 
     def apply_snapshot(self, wanted: str) -> None:
         """Go back to a snapshot (id, else name), its size too.  The snapshot stays.

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 
-from qcowlib.ondisk.bitmaps import BitmapEntry
+from qcowlib.driver import Bitmap, Snapshot
 from qcowlib.ondisk.header import Header
-from qcowlib.ondisk.snapshots import SnapshotEntry
 from qcowlib.qcow2.directories import read_bitmaps, read_snapshots
 from qcowlib.units import SECTOR, round_up
 
@@ -56,8 +55,8 @@ class ImageInfo(NamedTuple):
     compression: str | None = None
     encryption: str | None = None
     luks: Mapping[str, object] | None = None
-    snapshots: tuple[SnapshotEntry, ...] = ()
-    bitmaps: tuple[BitmapEntry, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    bitmaps: tuple[Bitmap, ...] = ()
 
     def to_dict(self) -> dict[str, Json]:
         """Return it under the names of qemu-img's JSON output."""
@@ -154,8 +153,8 @@ def image_info(
         compression="zstd" if header.compression_type else "zlib",
         encryption=encryption,
         luks=luks,
-        snapshots=tuple(read_snapshots(storage, header)),
-        bitmaps=tuple(read_bitmaps(storage, header)) if header.version >= 3 else (),
+        snapshots=tuple(map(Snapshot.of, read_snapshots(storage, header))),
+        bitmaps=tuple(map(Bitmap.of, read_bitmaps(storage, header))) if header.version >= 3 else (),
     )
 
 
@@ -175,19 +174,19 @@ def _text(raw: bytes | None) -> str | None:
     return None if raw is None else raw.decode("utf-8", "surrogateescape")
 
 
-def _bitmap(entry: BitmapEntry) -> dict[str, Json]:
-    flags = [name for name, given in (("in-use", entry.in_use), ("auto", entry.auto)) if given]
-    return {"flags": flags, "name": _text(entry.name), "granularity": entry.granularity}
+def _bitmap(bitmap: Bitmap) -> dict[str, Json]:
+    flags = [name for name, given in (("in-use", bitmap.inconsistent), ("auto", bitmap.enabled)) if given]
+    return {"flags": flags, "name": bitmap.name, "granularity": bitmap.granularity}
 
 
-def _snapshot(entry: SnapshotEntry) -> dict[str, Json]:
+def _snapshot(entry: Snapshot) -> dict[str, Json]:
     result: dict[str, Json] = {
         "vm-clock-nsec": entry.vm_clock_nsec % 1_000_000_000,
         "vm-clock-sec": entry.vm_clock_nsec // 1_000_000_000,
-        "name": _text(entry.name),
-        "id": _text(entry.id),
-        "date-sec": entry.date_sec,
-        "date-nsec": entry.date_nsec,
+        "name": entry.name,
+        "id": entry.id,
+        "date-sec": entry.date // 1_000_000_000,
+        "date-nsec": entry.date % 1_000_000_000,
         "vm-state-size": entry.vm_state_size,
     }
     if entry.icount is not None:

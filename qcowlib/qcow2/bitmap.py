@@ -11,7 +11,7 @@ table and one page (a cluster of bits) while ranges are listed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from qcowlib.errors import CorruptImage, UsageError, printable
 from qcowlib.native import bitmap_merge, bitmap_runs, bitmap_set
@@ -32,7 +32,6 @@ __all__ = [
     "ALL_ONES",
     "AUTO",
     "IN_USE",
-    "Bitmap",
     "Pages",
     "Table",
     "default_granularity",
@@ -51,23 +50,6 @@ ALL_ONES: Final = 1
 _ABSENT: Final = bytearray()
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _RESERVED: Final = 0xFF00_0000_0000_01FE
-
-
-class Bitmap(NamedTuple):
-    """What callers see of a bitmap; *granularity* is guest bytes a bit.
-
-    An *enabled* one records what changes from now on.  An *inconsistent* one
-    was not saved by its last writer: it can only be removed.
-    """
-
-    name: str
-    granularity: int
-    enabled: bool
-    inconsistent: bool
-
-    @classmethod
-    def of(cls, entry: BitmapEntry) -> Bitmap:
-        return cls(entry.name.decode(errors="surrogateescape"), entry.granularity, entry.auto, entry.in_use)
 
 
 class Pages:

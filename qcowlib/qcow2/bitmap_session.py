@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
-from qcowlib.driver import DATA
+from qcowlib.driver import DATA, Bitmap
 from qcowlib.errors import CorruptImage, UnsupportedFeature, UsageError, printable
 from qcowlib.native import bitmap_merge, bitmap_set
 from qcowlib.ondisk import (
@@ -44,7 +44,6 @@ from qcowlib.qcow2.bitmap import (
     ALL_ONES,
     AUTO,
     IN_USE,
-    Bitmap,
     Pages,
     Table,
     dirty_ranges,

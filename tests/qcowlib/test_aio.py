@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import inspect
 import random
@@ -83,7 +84,7 @@ def test_snapshots_and_resize_on_a_loop(path: Path) -> None:
             await image.apply_snapshot("s")
             assert image.size == SIZE
             assert await image.pread(3, 0) == b"one"
-            assert [entry.name for entry in await image.snapshots()] == [b"s"]
+            assert [entry.name for entry in await image.snapshots()] == ["s"]
             await image.delete_snapshot("s")
             with pytest.raises(qcowlib.OutOfRange):
                 await image.pwrite(b"x", SIZE)
@@ -105,3 +106,10 @@ def test_jobs_of_the_api_are_awaitable(path: Path, tmp_path: Path) -> None:
 def test_every_public_name_exists() -> None:
     for name in qcowlib.api.__all__:
         assert getattr(qcowlib, name) is not None, name
+
+
+def test_type_checkers_see_every_job() -> None:
+    tree = ast.parse(Path(aio.__file__).read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {ast.unparse(node.targets[0]) for block in blocks for node in block.body if isinstance(node, ast.Assign)}
+    assert seen == aio._JOBS

@@ -132,7 +132,7 @@ def test_info_and_check_of_an_open_image(tmp_path: Path) -> None:
         image.create_snapshot("s")
         info = image.info()
         assert (info.format, info.virtual_size, info.cluster_size) == ("qcow2", 1 << 20, 4096)
-        assert [entry.name for entry in info.snapshots] == [b"s"]
+        assert [entry.name for entry in info.snapshots] == ["s"]
         report = image.check()
         assert report.clean
         assert report.allocated_clusters == 25

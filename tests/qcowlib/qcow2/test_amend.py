@@ -58,7 +58,7 @@ def contents(path: Path) -> dict[str, bytes]:
     """What the guest sees, and what each snapshot shows."""
     with qcowlib.open(path) as image:
         found = {"": image.pread(SIZE * 4, 0)}
-        names = [entry.name.decode() for entry in image.snapshots()]
+        names = [entry.name for entry in image.snapshots()]
     for name in names:
         with qcowlib.open(path, snapshot=name) as image:
             found[name] = image.pread(SIZE * 4, 0)

@@ -15,7 +15,6 @@ from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import hint_text, open_image, references, secret_of, tell_probed_raw
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
-from qcowlib.cli.values import size_option
 from qcowlib.errors import Error
 
 __all__ = ["COMMAND", "run"]
@@ -35,14 +34,7 @@ COMMAND = Command(
         Option("d", "", "keep", "do not empty the overlay"),
         options.PROGRESS,
         options.PROGRESS_FORM,
-        Option(
-            "r",
-            "",
-            "rate",
-            "at most this many bytes a second",
-            meta="RATE",
-            convert=lambda text, console: size_option("rate limit", text, console),
-        ),
+        options.RATE,
         options.OUTPUT_EXTRA,
     ),
     "commit overlay.qcow2",

@@ -34,6 +34,7 @@ __all__ = ["COMMANDS", "command_module", "entry", "main"]
 #: Subcommands in the order of the help.
 COMMANDS = (
     "amend",
+    "backup",
     "bench",
     "bitmap",
     "check",
@@ -48,6 +49,7 @@ COMMANDS = (
     "measure",
     "rebase",
     "resize",
+    "restore",
     "snapshot",
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from qcowlib.cli.console import Failure, usage_failure
 from qcowlib.cli.names import ImageRef, image_ref
 from qcowlib.cli.parser import Args, Option
-from qcowlib.cli.values import check_list
+from qcowlib.cli.values import check_list, size_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +31,14 @@ PROGRESS_FORM = Option(
 )
 CACHE = Option("t", "", "cache", "cache mode of what is written", meta="CACHE")
 SOURCE_CACHE = Option("T", "", "source-cache", "cache mode of what is read", meta="CACHE")
+RATE = Option(
+    "r",
+    "",
+    "rate",
+    "at most this many bytes a second",
+    meta="RATE",
+    convert=lambda text, console: size_option("rate limit", text, console),
+)
 
 CACHE_MODES = ("none", "off", "writeback", "writethrough", "directsync", "unsafe")
 
@@ -48,6 +56,7 @@ __all__ = [
     "PROGRESS",
     "PROGRESS_FORM",
     "QUIET",
+    "RATE",
     "SOURCE_CACHE",
     "cache_mode",
     "list_option",

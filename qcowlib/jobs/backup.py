@@ -13,13 +13,18 @@ A round of backups of one disk::
         qcowlib.backup(disk, "monday.qcow2", "monday", backing="full.qcow2", backing_format="qcow2")
         disk.remove_bitmap("monday")
 
+or, with one bitmap for all rounds, ``backup(..., advance=True)``, which clears it
+when the backup is durable.
+
 Each overlay with its chain is the disk of its day, so ``convert`` of the newest
 one restores everything; :func:`restore` applies one increment to an image that
 holds the day before.
 
 Invariants: the overlay holds every cluster that a bitmap touches, as the source
 has it now, zeros as zeros, so that nothing older shows through; it has no magic
-until all of it is durable (I11), and is removed if the job fails.
+until all of it is durable (I11), and is removed if the job fails; a bitmap is advanced
+only after the overlay and its name are durable, so a cut at any point leaves the
+bitmap with all that no backup holds.
 """
 
 from __future__ import annotations
@@ -28,10 +33,10 @@ import heapq
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from qcowlib.driver import COMPRESSED, DATA, HOLE
-from qcowlib.errors import UnsupportedFeature, UsageError
+from qcowlib.errors import UnsupportedFeature, UsageError, printable
 from qcowlib.gate import References, deny_all, qemu_like
 from qcowlib.image import Image
 from qcowlib.image import open as open_image
@@ -44,6 +49,7 @@ from qcowlib.jobs.targets import BuildTarget, ImageTarget, RawTarget
 from qcowlib.native import data_clusters
 from qcowlib.qcow2.create import new_header
 from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.storage.file import sync_directory
 from qcowlib.units import KiB, round_down, round_up
 
 if TYPE_CHECKING:
@@ -53,7 +59,7 @@ if TYPE_CHECKING:
     from qcowlib.opening import Source as OpenSource
     from qcowlib.storage.base import Storage
 
-__all__ = ["backup", "measure_backup", "restore"]
+__all__ = ["backup", "changed_ranges", "measure_backup", "restore"]
 
 _ZERO_UNIT = 4 * KiB
 
@@ -68,6 +74,7 @@ def backup(
     backing: str | os.PathLike[str],
     backing_format: str,
     source_format: str | None = None,
+    advance: bool = False,
     compress: bool = False,
     check_backing: bool = True,
     references: References = qemu_like,
@@ -81,22 +88,32 @@ def backup(
     workers: int | None = None,
     memory: int = DEFAULT_MEMORY,
     **options: object,
-) -> None:
+) -> int:
     """Write what *bitmap* (or any of several) of *source* has recorded to a new overlay *target* over *backing*.
 
     *backing*, stored as given, is the backup that was complete when the bitmap
     began; with *check_backing* it must be there.  Whole clusters of the target
-    are stored, read from the source.  Nobody may write to the source meanwhile.
+    are stored, read from the source; returns how many guest bytes these are.
+    Nobody may write to the source meanwhile.
+
+    With *advance* the bitmaps, which must be enabled, are cleared once the target
+    is durable: they then record what changes after this backup.  A cut before
+    that makes the next backup larger, never incomplete.
     *options* are :class:`~qcowlib.jobs.creation.NewOptions` of the target, the
     five before them those of :class:`~qcowlib.jobs.pipeline.Control`.
 
-    Raises: UsageError for an unknown or inconsistent bitmap, before anything
-    is written; Cancelled; any error of opening; StorageError.
+    Raises: UsageError for an unknown or inconsistent bitmap, or one that cannot
+    be advanced, before anything is written; Cancelled; any error of opening;
+    StorageError.
     """
     control = Control(progress=progress, cancel=cancel, rate=rate, workers=workers, memory=memory)
     name = os.fsdecode(target) if isinstance(target, str | bytes | os.PathLike) else target.name
     with ExitStack() as stack:
-        image = _opened(stack, source, source_format, references, source_cache, force_share, secret)
+        image = _opened(
+            stack, source, source_format, references, source_cache, force_share, secret, "r+" if advance else "r"
+        )
+        if advance:
+            _check_advance(image, bitmap, cache)
         stored = os.fspath(backing)
         described = file_options(options, image.size, backing=stored, backing_format=backing_format)
         header = new_header(described)
@@ -104,27 +121,33 @@ def backup(
             raise UnsupportedFeature("a backup is one plain file without preallocation", path=name)
         if described.version < 3 or described.extended_l2:
             raise UnsupportedFeature("a backup needs zero clusters: version 3, without extended L2 entries", path=name)
-        ranges = _ranges(image, bitmap, described.cluster_size)
+        ranges = changed_ranges(image, bitmap, described.cluster_size)
         if check_backing:
             open_backing(stored, backing_format, name, references)
-        storage = stack.enter_context(new_storage(target, cache))
-        plan = _BackupPlan(image, ranges, described.cluster_size, compress)
-        sink = BuildTarget(storage, header, data=None, zeroed=not getattr(storage, "is_block", False))
-        codec = None
-        if compress:
-            from qcowlib.codec import Codec
+        with new_storage(target, cache) as storage:
+            plan = _BackupPlan(image, ranges, described.cluster_size, compress)
+            sink = BuildTarget(storage, header, data=None, zeroed=not getattr(storage, "is_block", False))
+            codec = None
+            if compress:
+                from qcowlib.codec import Codec
 
-            codec = Codec(described.compression_type, described.cluster_size)
-        copier = Copier(
-            sink, unit=_ZERO_UNIT, keep_zeros=True, cluster=described.cluster_size, compress=compress, codec=codec
-        )
-        _run(plan, copier, control)
-        sink.finish()
+                codec = Codec(described.compression_type, described.cluster_size)
+            copier = Copier(
+                sink, unit=_ZERO_UNIT, keep_zeros=True, cluster=described.cluster_size, compress=compress, codec=codec
+            )
+            _run(plan, copier, control)
+            sink.finish()
+        if advance:
+            if isinstance(target, str | bytes | os.PathLike):
+                sync_directory(name)
+            for each in _names(bitmap):
+                image.clear_bitmap(each)
     control.end()
+    return plan.changed
 
 
 def restore(
-    increment: OpenSource,
+    increment: OpenSource | Image,
     target: OpenSource | Image,
     *,
     format: str | None = None,
@@ -140,15 +163,20 @@ def restore(
 ) -> None:
     """Apply one increment to *target*, which holds what the increment stands on.
 
-    Only the layer *increment* is opened, not its backing file.  The target gets
-    its size.  Cut off, the job is finished by calling it again.
-    Raises: Cancelled; any error of opening; StorageError.
+    Only the layer *increment* is opened and read, not its backing file.  The
+    target gets its size.  Cut off, the job is finished by calling it again.
+    Raises: UsageError if *increment* has no backing file, so is a whole disk
+    (which ``convert`` copies); Cancelled; any error of opening; StorageError.
     """
     control = Control(progress=progress, cancel=cancel, rate=rate, workers=workers, memory=memory)
     with ExitStack() as stack:
-        image = stack.enter_context(
-            open_image(increment, format=format, references=deny_all, cache=source_cache, backing=False)
-        )
+        if isinstance(increment, Image):
+            image = increment
+        else:
+            image = stack.enter_context(
+                open_image(increment, format=format, references=deny_all, cache=source_cache, backing=False)
+            )
+        _check_increment(image)
         if not isinstance(target, Image):
             opened = open_image(target, "r+", format=target_format, references=references, cache=cache)
             target = stack.enter_context(opened)
@@ -181,7 +209,7 @@ def measure_backup(
         cluster = file_options(options, image.size).cluster_size
         metadata = measure(image.size, **cast("dict[str, Never]", options)).required
         data = touched = 0
-        for start, end in _ranges(image, bitmap, cluster):
+        for start, end in changed_ranges(image, bitmap, cluster):
             touched += round_up(end, cluster) - start
             counted_to = 0
             while start < end:
@@ -200,21 +228,53 @@ def _opened(
     cache: CacheMode,
     force_share: bool,
     secret: str | bytes | None,
+    mode: Literal["r", "r+"] = "r",
 ) -> Image:
     if isinstance(source, Image):
         return source
-    return stack.enter_context(
-        open_image(source, format=format, references=references, cache=cache, force_share=force_share, secret=secret)
+    opened = open_image(
+        source, mode, format=format, references=references, cache=cache, force_share=force_share, secret=secret
     )
+    return stack.enter_context(opened)
 
 
-def _ranges(image: Image, bitmap: Bitmaps, cluster: int) -> Iterator[tuple[int, int]]:
-    """Return an iterator of ``(start, end)``: what the bitmaps touch, in whole clusters, joined, in order."""
-    names = [bitmap] if isinstance(bitmap, str) else list(bitmap)
+def _check_increment(image: Image) -> None:
+    """Refuse what holds no single increment: its holes would not be what is below.  Raises UsageError."""
+    top = image.layers[0]
+    if not isinstance(top, Qcow2Image) or not top.header.backing_file:
+        raise UsageError("not an increment: it has no backing file", path=image.path)
+    if len(image.layers) > 1:
+        raise UsageError("an increment is opened without its backing file", path=image.path)
+
+
+def _names(bitmap: Bitmaps) -> list[str]:
+    return [bitmap] if isinstance(bitmap, str) else list(bitmap)
+
+
+def _check_advance(image: Image, bitmap: Bitmaps, cache: CacheMode) -> None:
+    """Refuse what could lose changes.  Raises UsageError."""
+    if image.mode != "r+":
+        raise UsageError("bitmaps of an image that is open read-only cannot be advanced", path=image.path)
+    if cache == "unsafe":
+        raise UsageError("a backup written with cache 'unsafe' is not durable: no bitmap is advanced", path=image.path)
+    disabled = {each.name for each in image.bitmaps() if not each.enabled}
+    for name in _names(bitmap):
+        if name in disabled:
+            raise UsageError(
+                f"bitmap '{printable(name)}' is disabled: what it missed would be in no backup", path=image.path
+            )
+
+
+def changed_ranges(image: Image, bitmap: Bitmaps, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """Return an iterator of ``(start, end)``: what the bitmaps have recorded, in whole *unit*s, joined, in order.
+
+    Raises: UsageError for an unknown or inconsistent bitmap, at once.
+    """
+    names = _names(bitmap)
     if not names:
         raise UsageError("at least one bitmap is needed", path=image.path)
     # Found now, read later: a wrong name is an error before anything is made.
-    return _joined(heapq.merge(*[image.bitmap_extents(name) for name in names]), cluster, image.size)
+    return _joined(heapq.merge(*[image.bitmap_extents(name) for name in names]), unit, image.size)
 
 
 def _joined(ranges: Iterator[tuple[int, int]], cluster: int, size: int) -> Iterator[tuple[int, int]]:
@@ -242,6 +302,8 @@ class _BackupPlan(Plan):
     def __init__(self, image: Image, ranges: Iterator[tuple[int, int]], cluster: int, compress: bool) -> None:
         super().__init__([Source(image, 0)], unit=_ZERO_UNIT, cluster=cluster, keep_zeros=True, single=compress)
         self._ranges = list(ranges)
+        #: Guest bytes that the target stores.
+        self.changed = sum(end - start for start, end in self._ranges)
 
     def _runs(self) -> Iterator[list[Run]]:
         source = self.sources[0]

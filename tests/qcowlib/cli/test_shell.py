@@ -82,6 +82,9 @@ def stage(qcow: Any) -> Any:
         "create -q -f qcow2 disk.qcow2 4M",
         "create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
         "create -q -f qcow2 copy.qcow2 4M",
+        "bitmap --add disk.qcow2 nightly",
+        "create -q -f qcow2 full.qcow2 4M",
+        "create -q -f qcow2 -b full.qcow2 -F qcow2 monday.qcow2",
     ):
         assert qcow(*line.split()).status == 0, line
     return qcow

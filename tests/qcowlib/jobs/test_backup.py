@@ -150,3 +150,67 @@ def test_a_failed_backup_leaves_no_file(tmp_path: Path) -> None:
                 cancel=lambda: next(calls) > 0,
             )  # fmt: skip
     assert not (tmp_path / "target").exists()
+
+
+def test_an_advanced_bitmap_serves_every_round(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    disk, last = tmp_path / "disk", tmp_path / "day0"
+    model = bytearray(4 * MiB)
+    qcowlib.create(disk, len(model))
+    with qcowlib.open(disk, "r+") as image:
+        change(image, rng, model)
+        image.add_bitmap("nightly", 4096)
+    qcowlib.convert(disk, last)
+    for day in range(1, 5):
+        with qcowlib.open(disk, "r+") as image:
+            change(image, rng, model)
+            recorded = sum(length for _, length in image.bitmap_extents("nightly"))
+        target = tmp_path / f"day{day}"
+        changed = qcowlib.backup(
+            disk, target, "nightly", backing=last.name, backing_format="qcow2", advance=True, cluster_size=4096
+        )
+        assert changed == recorded
+        with qcowlib.open(target) as image:
+            assert image.pread(len(model) + 1, 0) == bytes(model)
+        with qcowlib.open(disk) as image:
+            assert list(image.bitmap_extents("nightly")) == []
+            assert image.bitmaps()[0].enabled
+        last = target
+
+
+def test_a_bitmap_is_advanced_only_where_nothing_can_be_lost(tmp_path: Path) -> None:
+    disk, base, target = (tmp_path / name for name in ("disk", "base", "target"))
+    qcowlib.create(disk, MiB)
+    qcowlib.create(base, MiB, format="raw")
+    where = {"backing": "base", "backing_format": "raw", "advance": True}
+    with qcowlib.open(disk, "r+") as image:
+        image.add_bitmap("on")
+        image.add_bitmap("off")
+        image.pwrite(b"x", 0)
+        image.disable_bitmap("off")
+    for bitmap, options, text in (
+        (["on", "off"], {}, "'off' is disabled"),
+        ("on", {"cache": "unsafe"}, "not durable"),
+        ("none", {}, "not found"),
+    ):
+        with pytest.raises(qcowlib.UsageError, match=text):
+            qcowlib.backup(disk, target, bitmap, **where, **options)  # type: ignore[arg-type]
+        assert not target.exists()
+    with qcowlib.open(disk) as image, pytest.raises(qcowlib.UsageError, match="read-only"):
+        qcowlib.backup(image, target, "on", **where)  # type: ignore[arg-type]
+    with pytest.raises(qcowlib.Cancelled):
+        qcowlib.backup(disk, target, "on", **where, cancel=lambda: True)  # type: ignore[arg-type]
+    with qcowlib.open(disk) as image:
+        assert list(image.bitmap_extents("on")) == [(0, 65536)]
+
+
+def test_what_is_no_increment_is_not_restored(tmp_path: Path) -> None:
+    base, whole, top = (tmp_path / name for name in ("base", "whole", "top"))
+    qcowlib.create(base, MiB, format="raw")
+    qcowlib.create(whole, MiB)
+    qcowlib.create(top, MiB, backing="base", backing_format="raw")
+    for increment, format in ((whole, "qcow2"), (base, "raw")):
+        with pytest.raises(qcowlib.UsageError, match="not an increment"):
+            qcowlib.restore(increment, base, format=format, target_format="raw")
+    with qcowlib.open(top) as image, pytest.raises(qcowlib.UsageError, match="without its backing file"):
+        qcowlib.restore(image, base, target_format="raw")

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
     from qcowlib.image import CacheMode
     from qcowlib.opening import Source as OpenSource
+    from qcowlib.qcow2.create import CreateOptions
     from qcowlib.storage.base import Storage
 
 __all__ = ["backup", "changed_ranges", "measure_backup", "restore"]
@@ -117,25 +118,14 @@ def backup(
         stored = os.fspath(backing)
         described = file_options(options, image.size, backing=stored, backing_format=backing_format)
         header = new_header(described)
-        if described.data_file is not None or described.preallocation != "off" or described.encrypt is not None:
-            raise UnsupportedFeature("a backup is one plain file without preallocation", path=name)
-        if described.version < 3 or described.extended_l2:
-            raise UnsupportedFeature("a backup needs zero clusters: version 3, without extended L2 entries", path=name)
+        _check_target(described, name)
         ranges = changed_ranges(image, bitmap, described.cluster_size)
         if check_backing:
             open_backing(stored, backing_format, name, references)
         with new_storage(target, cache) as storage:
             plan = _BackupPlan(image, ranges, described.cluster_size, compress)
             sink = BuildTarget(storage, header, data=None, zeroed=not getattr(storage, "is_block", False))
-            codec = None
-            if compress:
-                from qcowlib.codec import Codec
-
-                codec = Codec(described.compression_type, described.cluster_size)
-            copier = Copier(
-                sink, unit=_ZERO_UNIT, keep_zeros=True, cluster=described.cluster_size, compress=compress, codec=codec
-            )
-            _run(plan, copier, control)
+            _run(plan, _copier(sink, described, compress), control)
             sink.finish()
         if advance:
             if isinstance(target, str | bytes | os.PathLike):
@@ -249,6 +239,25 @@ def _check_increment(image: Image) -> None:
 
 def _names(bitmap: Bitmaps) -> list[str]:
     return [bitmap] if isinstance(bitmap, str) else list(bitmap)
+
+
+def _check_target(described: CreateOptions, name: str) -> None:
+    """Refuse what a backup cannot be.  Raises UnsupportedFeature."""
+    if described.data_file is not None or described.preallocation != "off" or described.encrypt is not None:
+        raise UnsupportedFeature("a backup is one plain file without preallocation", path=name)
+    if described.version < 3 or described.extended_l2:
+        raise UnsupportedFeature("a backup needs zero clusters: version 3, without extended L2 entries", path=name)
+
+
+def _copier(sink: BuildTarget, described: CreateOptions, compress: bool) -> Copier:
+    codec = None
+    if compress:
+        from qcowlib.codec import Codec
+
+        codec = Codec(described.compression_type, described.cluster_size)
+    return Copier(
+        sink, unit=_ZERO_UNIT, keep_zeros=True, cluster=described.cluster_size, compress=compress, codec=codec
+    )
 
 
 def _check_advance(image: Image, bitmap: Bitmaps, cache: CacheMode) -> None:

@@ -8,6 +8,7 @@ complete -c qcow -n __fish_use_subcommand -f -a amend -d 'Change format options 
 complete -c qcow -n __fish_use_subcommand -f -a backup -d 'Copy what changed since a bitmap began to a new overlay over the backup before.'
 complete -c qcow -n __fish_use_subcommand -f -a bench -d 'Time reads or writes of an image.'
 complete -c qcow -n __fish_use_subcommand -f -a bitmap -d 'Make, change or delete a persistent bitmap.'
+complete -c qcow -n __fish_use_subcommand -f -a chain -d 'Draw chains of images, or all of a folder, as a tree.'
 complete -c qcow -n __fish_use_subcommand -f -a check -d 'Check images for consistency; exit status 0 clean, 2 corrupt, 3 leaked clusters only.'
 complete -c qcow -n __fish_use_subcommand -f -a commit -d 'Write what an overlay holds into its backing file.'
 complete -c qcow -n __fish_use_subcommand -f -a compare -d 'Compare the content of two images; exit status 0 identical, 1 different.'
@@ -90,6 +91,9 @@ complete -c qcow -n '__fish_seen_subcommand_from bitmap' -s g -l granularity -x 
 complete -c qcow -n '__fish_seen_subcommand_from bitmap' -s b -l source-file -r -d 'image of the bitmap to merge'
 complete -c qcow -n '__fish_seen_subcommand_from bitmap' -s F -l source-format -x -a 'qcow2 raw luks' -d 'format of that image'
 complete -c qcow -n '__fish_seen_subcommand_from bitmap' -l output -x -a 'human json' -d 'human (default) or json'
+
+complete -c qcow -n '__fish_seen_subcommand_from chain' -s h -l help -d 'show this help'
+complete -c qcow -n '__fish_seen_subcommand_from chain' -l output -x -a 'human json' -d 'human (default) or json'
 
 complete -c qcow -n '__fish_seen_subcommand_from check' -s h -l help -d 'show this help'
 complete -c qcow -n '__fish_seen_subcommand_from check' -s f -l format -x -a 'qcow2 raw luks' -d 'format of the image (default: probed)'
@@ -194,6 +198,10 @@ complete -c qcow -n '__fish_seen_subcommand_from map' -l image-opts -d 'file nam
 complete -c qcow -n '__fish_seen_subcommand_from map' -s U -l force-share -d 'open even if the image is in use'
 complete -c qcow -n '__fish_seen_subcommand_from map' -s s -l start-offset -x -d 'begin at this byte'
 complete -c qcow -n '__fish_seen_subcommand_from map' -s l -l max-length -x -d 'look at this many bytes at most'
+complete -c qcow -n '__fish_seen_subcommand_from map' -l svg -d 'draw the disk and the file as an SVG picture'
+complete -c qcow -n '__fish_seen_subcommand_from map' -l html -d 'draw them as a page that needs nothing else'
+complete -c qcow -n '__fish_seen_subcommand_from map' -l heat -d 'draw them in characters, coloured on a terminal'
+complete -c qcow -n '__fish_seen_subcommand_from map' -l cells -x -d 'so many cells a drawing at most'
 
 complete -c qcow -n '__fish_seen_subcommand_from measure' -s h -l help -d 'show this help'
 complete -c qcow -n '__fish_seen_subcommand_from measure' -l image-opts -d 'file names are option lists: driver=qcow2,file.filename=PATH'

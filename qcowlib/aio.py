@@ -304,6 +304,7 @@ def _in_thread(function: Callable[P, R]) -> Callable[P, asyncio.Future[R]]:
 
 if TYPE_CHECKING:
     backup = _in_thread(api.backup)
+    chain_tree = _in_thread(api.chain_tree)
     commit = _in_thread(api.commit)
     compare = _in_thread(api.compare)
     convert = _in_thread(api.convert)
@@ -315,6 +316,7 @@ if TYPE_CHECKING:
     measure_backup = _in_thread(api.measure_backup)
     rebase = _in_thread(api.rebase)
     restore = _in_thread(api.restore)
+    survey = _in_thread(api.survey)
 
 _NO_JOBS = {"deny_all", "directories", "open", "qemu_like", "same_directory"}
 _JOBS = {name for name in api.__all__ if name.islower()} - _NO_JOBS

@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from qcowlib.jobs.dd import dd
     from qcowlib.jobs.measure import Measurement, measure
     from qcowlib.jobs.rebase import flatten, rebase
+    from qcowlib.picture.panels import Panel, Picture
+    from qcowlib.picture.survey import survey
+    from qcowlib.picture.tree import ChainTree, chain_tree
     from qcowlib.qcow2.amend import AmendOptions, KeyChange
     from qcowlib.qcow2.check import Report
 
 __all__ = [
     "AmendOptions",
     "Bitmap",
+    "ChainTree",
     "Comparison",
     "Extent",
     "Image",
@@ -37,9 +41,12 @@ __all__ = [
     "Inspection",
     "KeyChange",
     "Measurement",
+    "Panel",
+    "Picture",
     "Report",
     "Snapshot",
     "backup",
+    "chain_tree",
     "commit",
     "compare",
     "convert",
@@ -56,20 +63,25 @@ __all__ = [
     "rebase",
     "restore",
     "same_directory",
+    "survey",
 ]
 
 _LATER = {
     "AmendOptions": "qcow2.amend",
     "Bitmap": "driver",
+    "ChainTree": "picture.tree",
     "Comparison": "jobs.compare",
     "Extent": "driver",
     "ImageInfo": "info",
     "Inspection": "inspection",
     "KeyChange": "qcow2.amend",
     "Measurement": "jobs.measure",
+    "Panel": "picture.panels",
+    "Picture": "picture.panels",
     "Report": "qcow2.check",
     "Snapshot": "driver",
     "backup": "jobs.backup",
+    "chain_tree": "picture.tree",
     "commit": "jobs.commit",
     "compare": "jobs.compare",
     "convert": "jobs.convert",
@@ -81,6 +93,7 @@ _LATER = {
     "measure_backup": "jobs.backup",
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",
+    "survey": "picture.survey",
 }
 
 

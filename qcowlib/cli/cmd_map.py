@@ -8,8 +8,11 @@ the image.
 
 from __future__ import annotations
 
+import os
+
 from qcowlib.cli import options
-from qcowlib.cli.console import Console, Failure
+from qcowlib.cli.console import Console, Failure, usage_failure
+from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import open_image
 from qcowlib.cli.parser import Args, Command, Option
@@ -49,6 +52,18 @@ COMMAND = Command(
             "look at this many bytes at most",
             meta="LENGTH",
             convert=lambda text, console: size_option("max length", text, console),
+        ),
+        Option("", "svg", "svg", "draw the disk and the file as an SVG picture", extra=True),
+        Option("", "html", "html", "draw them as a page that needs nothing else", extra=True),
+        Option("", "heat", "heat", "draw them in characters, coloured on a terminal", extra=True),
+        Option(
+            "",
+            "cells",
+            "cells",
+            "so many cells a drawing at most",
+            meta="COUNT",
+            convert=lambda text, console: size_option("cell count", text, console),
+            extra=True,
         ),
     ),
     "map --output=json disk.qcow2",
@@ -102,6 +117,10 @@ def run(args: Args, console: Console) -> int:
     as_json = options.wants_json(args)
     secrets = parse_secrets(args.texts("object"))
     with open_image(ref, console, secrets=secrets, force_share=args.flag("force-share")) as image:
+        drawings = [name for name in ("svg", "html", "heat") if args.flag(name)]
+        if drawings:
+            _draw(image, drawings, args, console)
+            return 0
         start = args.number("start") or 0
         limit = args.number("length")
         length = image.size - start if limit is None else min(limit, image.size - start)
@@ -110,6 +129,28 @@ def run(args: Args, console: Console) -> int:
         else:
             _print_human(_merged(_entries(image, start, length)), console)
     return 0
+
+
+def _draw(image: Image, drawings: list[str], args: Args, console: Console) -> None:
+    """Print the one drawing that was asked for.  Raises :class:`Failure` where it is not one."""
+    from qcowlib.picture.heat import LABEL, heat
+    from qcowlib.picture.page import page
+    from qcowlib.picture.survey import DEFAULT_CELLS, survey
+    from qcowlib.picture.svg import svg
+
+    if len(drawings) > 1 or args.flag("start") or args.flag("length"):
+        raise usage_failure("--svg, --html and --heat draw the whole image, one of them at a time")
+    if drawings == ["heat"]:
+        width = os.get_terminal_size(1).columns if console.stdout_is_tty else 80
+        picture = survey(image, cells=args.number("cells") or 16 * max(width - LABEL, 8))
+        if options.wants_json(args):
+            console.out(pretty(picture.to_dict()))
+            return
+        colour = console.stdout_is_tty and not os.environ.get("NO_COLOR")
+        console.out("\n".join(heat(picture, width, colour=colour)))
+        return
+    picture = survey(image, cells=args.number("cells") or DEFAULT_CELLS)
+    console.out(svg(picture) if drawings == ["svg"] else page(picture))
 
 
 def _entries(image: Image, start: int, length: int) -> Iterator[Entry]:

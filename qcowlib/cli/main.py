@@ -37,6 +37,7 @@ COMMANDS = (
     "backup",
     "bench",
     "bitmap",
+    "chain",
     "check",
     "commit",
     "compare",

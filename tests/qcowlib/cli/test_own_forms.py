@@ -134,3 +134,26 @@ def test_progress_on_a_terminal_has_rate_and_time_left(tmp_path: Any) -> None:
     last = text.decode().split("\r")[-3]
     assert last.startswith("    (100.00/100%) ")
     assert last.rstrip().endswith("00:00:00 left")
+
+
+def test_map_draws_one_picture_at_a_time(qcow: Any) -> None:
+    qcow("create", "-q", "-f", "qcow2", "a", "64M")
+    assert qcow("map", "--svg", "a").out.startswith("<svg ")
+    assert qcow("map", "--html", "a").out.startswith("<!DOCTYPE html>")
+    heat = qcow("map", "--heat", "--cells=64", "a").out
+    assert "The guest's disk, by kind of cluster; a character is 1 MiB" in heat and "\x1b" not in heat
+    panels = json.loads(qcow("map", "--heat", "--output=json", "a").out)["panels"]
+    assert panels[0]["totals"]["nothing stored"] == 64 << 20
+    assert qcow("map", "--svg", "--html", "a").status == 1
+    assert qcow("map", "--svg", "-s", "1M", "a").status == 1
+
+
+def test_chain_draws_a_tree_and_fails_for_a_broken_one(qcow: Any) -> None:
+    qcow("create", "-q", "-f", "qcow2", "base", "1M")
+    qcow("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top")
+    outcome = qcow("chain", "top")
+    assert outcome.status == 0 and [line.split("  ")[0] for line in outcome.out.splitlines()] == ["base", "└── top"]
+    assert [item["filename"] for item in json.loads(qcow("chain", "--output=json", "top").out)] == ["base", "top"]
+    qcow("rebase", "-u", "-b", "gone", "-F", "qcow2", "top")
+    assert qcow("chain", ".").status == 1
+    assert qcow("chain", "nofile").status == 1

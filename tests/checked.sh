@@ -22,7 +22,7 @@ QCOWLIB_CHECKED=1 "$python" setup.py -q build --build-base "$build" --build-lib 
 # Foreign programs run without the sanitizers: qemu's coroutines hang under them.
 mkdir -p "$build/bin"
 PATH=$PATH:/usr/sbin:/sbin
-for program in qemu-img qemu-io qemu-nbd nbdkit mke2fs lvm sanlock losetup; do
+for program in qemu-img qemu-io qemu-nbd nbdkit mke2fs lvm sanlock losetup chromium; do
     real=$(command -v "$program") || continue
     printf '#!/bin/sh\nunset LD_PRELOAD\nexec %s "$@"\n' "$real" >"$build/bin/$program"
     chmod +x "$build/bin/$program"

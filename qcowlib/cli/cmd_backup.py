@@ -132,8 +132,8 @@ def _backup(image: Image, args: Args, bitmaps: list[str], values: OptionList, co
     finally:
         progress.end()
     if as_json:
-        found = {"filename": target, "backing-filename": backing, "changed": changed, "advanced": args.flag("advance")}
-        console.out(pretty(found))
+        advanced = args.flag("advance")
+        console.out(pretty({"filename": target, "backing-filename": backing, "changed": changed, "advanced": advanced}))
     elif not quiet:
         console.out(f"{changed} bytes changed, now in {target}.\n")
 

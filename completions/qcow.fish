@@ -19,6 +19,7 @@ complete -c qcow -n __fish_use_subcommand -f -a demo -d 'Show the library at wor
 complete -c qcow -n __fish_use_subcommand -f -a info -d 'Show what images are.'
 complete -c qcow -n __fish_use_subcommand -f -a map -d 'Show where the data of an image is.'
 complete -c qcow -n __fish_use_subcommand -f -a measure -d 'Tell how large a new image of a size, or with the content of an image, would be.'
+complete -c qcow -n __fish_use_subcommand -f -a overlay -d 'Make many overlays over one image.'
 complete -c qcow -n __fish_use_subcommand -f -a rebase -d 'Give an image another backing file, keeping its content.'
 complete -c qcow -n __fish_use_subcommand -f -a resize -d 'Change the virtual size of an image, to SIZE or by +SIZE or -SIZE.'
 complete -c qcow -n __fish_use_subcommand -f -a restore -d 'Write what one increment of a backup holds into an image that holds the backup before.'
@@ -104,6 +105,8 @@ complete -c qcow -n '__fish_seen_subcommand_from check' -l output -x -a 'human j
 complete -c qcow -n '__fish_seen_subcommand_from check' -l object -x -a 'secret,id=' -d 'secret,id=ID,data=TEXT or file=PATH: a passphrase'
 complete -c qcow -n '__fish_seen_subcommand_from check' -l image-opts -d 'file names are option lists: driver=qcow2,file.filename=PATH'
 complete -c qcow -n '__fish_seen_subcommand_from check' -s U -l force-share -d 'open even if the image is in use'
+complete -c qcow -n '__fish_seen_subcommand_from check' -s j -l jobs -x -d 'several images at a time, one line each'
+complete -c qcow -n '__fish_seen_subcommand_from check' -s R -l recursive -d 'look into folders in folders too'
 
 complete -c qcow -n '__fish_seen_subcommand_from commit' -s h -l help -d 'show this help'
 complete -c qcow -n '__fish_seen_subcommand_from commit' -l object -x -a 'secret,id=' -d 'secret,id=ID,data=TEXT or file=PATH: a passphrase'
@@ -189,6 +192,8 @@ complete -c qcow -n '__fish_seen_subcommand_from info' -l backing-chain -d 'show
 complete -c qcow -n '__fish_seen_subcommand_from info' -l object -x -a 'secret,id=' -d 'secret,id=ID,data=TEXT or file=PATH: a passphrase'
 complete -c qcow -n '__fish_seen_subcommand_from info' -l image-opts -d 'file names are option lists: driver=qcow2,file.filename=PATH'
 complete -c qcow -n '__fish_seen_subcommand_from info' -s U -l force-share -d 'open even if the image is in use'
+complete -c qcow -n '__fish_seen_subcommand_from info' -s j -l jobs -x -d 'several images at a time, one line each'
+complete -c qcow -n '__fish_seen_subcommand_from info' -s R -l recursive -d 'look into folders in folders too'
 
 complete -c qcow -n '__fish_seen_subcommand_from map' -s h -l help -d 'show this help'
 complete -c qcow -n '__fish_seen_subcommand_from map' -s f -l format -x -a 'qcow2 raw luks' -d 'format of the image (default: probed)'
@@ -213,6 +218,17 @@ complete -c qcow -n '__fish_seen_subcommand_from measure' -s f -x -a 'qcow2 raw 
 complete -c qcow -n '__fish_seen_subcommand_from measure' -s O -x -a 'qcow2 raw luks' -d 'format of the new image (default: raw)'
 complete -c qcow -n '__fish_seen_subcommand_from measure' -s o -x -d 'options of the format, -o help lists them'
 complete -c qcow -n '__fish_seen_subcommand_from measure' -s l -x -d 'the content of this snapshot'
+
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -s h -l help -d 'show this help'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -s q -d 'print errors only'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -s b -r -d 'the image they stand on, as stored in each'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -s F -x -a 'qcow2 raw luks' -d 'its format'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -s s -l size -x -d 'virtual size (default: that of the backing file)'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -l count -x -d 'NAME has a %d (or %04d) for 1 to COUNT'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -l names -r -d 'take the names from FILE (-: standard input), one a line'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -s o -x -d 'options of the format, -o help lists them'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -s j -l jobs -x -d 'several images at a time, one line each'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -l output -x -a 'human json' -d 'human (default) or json'
 
 complete -c qcow -n '__fish_seen_subcommand_from rebase' -s h -l help -d 'show this help'
 complete -c qcow -n '__fish_seen_subcommand_from rebase' -l object -x -a 'secret,id=' -d 'secret,id=ID,data=TEXT or file=PATH: a passphrase'

@@ -58,6 +58,7 @@ SECTIONS = (
             "jobs/rebase.py": ("rebase", "flatten"),
             "jobs/backup.py": ("backup", "restore", "measure_backup"),
             "inspection.py": ("inspect", "Inspection", "Finding", "StreamReader"),
+            "jobs/many.py": ("many", "Outcome", "images_in", "create_overlays"),
             "picture/survey.py": ("survey",),
             "picture/panels.py": ("Picture", "Panel", "Category"),
             "picture/svg.py": ("svg",),

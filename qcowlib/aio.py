@@ -309,6 +309,7 @@ if TYPE_CHECKING:
     compare = _in_thread(api.compare)
     convert = _in_thread(api.convert)
     create = _in_thread(api.create)
+    create_overlays = _in_thread(api.create_overlays)
     dd = _in_thread(api.dd)
     flatten = _in_thread(api.flatten)
     inspect = _in_thread(api.inspect)
@@ -318,7 +319,7 @@ if TYPE_CHECKING:
     restore = _in_thread(api.restore)
     survey = _in_thread(api.survey)
 
-_NO_JOBS = {"deny_all", "directories", "open", "qemu_like", "same_directory"}
+_NO_JOBS = {"deny_all", "directories", "images_in", "many", "open", "qemu_like", "same_directory"}
 _JOBS = {name for name in api.__all__ if name.islower()} - _NO_JOBS
 
 

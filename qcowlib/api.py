@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
     from qcowlib.jobs.dd import dd
+    from qcowlib.jobs.many import Outcome, create_overlays, images_in, many
     from qcowlib.jobs.measure import Measurement, measure
     from qcowlib.jobs.rebase import flatten, rebase
     from qcowlib.picture.panels import Panel, Picture
@@ -41,6 +42,7 @@ __all__ = [
     "Inspection",
     "KeyChange",
     "Measurement",
+    "Outcome",
     "Panel",
     "Picture",
     "Report",
@@ -51,11 +53,14 @@ __all__ = [
     "compare",
     "convert",
     "create",
+    "create_overlays",
     "dd",
     "deny_all",
     "directories",
     "flatten",
+    "images_in",
     "inspect",
+    "many",
     "measure",
     "measure_backup",
     "open",
@@ -76,6 +81,7 @@ _LATER = {
     "Inspection": "inspection",
     "KeyChange": "qcow2.amend",
     "Measurement": "jobs.measure",
+    "Outcome": "jobs.many",
     "Panel": "picture.panels",
     "Picture": "picture.panels",
     "Report": "qcow2.check",
@@ -86,9 +92,12 @@ _LATER = {
     "compare": "jobs.compare",
     "convert": "jobs.convert",
     "create": "jobs.creation",
+    "create_overlays": "jobs.many",
     "dd": "jobs.dd",
     "flatten": "jobs.rebase",
+    "images_in": "jobs.many",
     "inspect": "inspection",
+    "many": "jobs.many",
     "measure": "jobs.measure",
     "measure_backup": "jobs.backup",
     "rebase": "jobs.rebase",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from qcowlib.cli import options
+from qcowlib.cli import options, several
 from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import ImageRef, image_ref
@@ -55,6 +55,8 @@ COMMAND = Command(
         options.OBJECT,
         options.IMAGE_OPTS,
         options.FORCE_SHARE,
+        several.JOBS,
+        several.RECURSIVE,
     ),
     "check -r leaks disk.qcow2",
 )
@@ -67,16 +69,18 @@ def run(args: Args, console: Console) -> int:
     options.wants_json(args)
     secrets = parse_secrets(args.texts("object"))
     cache = options.cache_mode(args, source=True)
-    several = len(args.operands) > 1
+    if several.is_many(args, console):
+        return _many(args, cache, secrets, console)
+    more = len(args.operands) > 1
     worst = 0
     for name in args.operands:
         try:
             ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
-            if several and not options.wants_json(args) and not args.flag("quiet"):
+            if more and not options.wants_json(args) and not args.flag("quiet"):
                 console.out(f"{name}:\n")
             status = _one(ref, args, cache, secrets, console)
         except Failure as failure:
-            if not several:
+            if not more:
                 raise
             status = console.fail(failure)
         worst = _worse(worst, status)
@@ -89,7 +93,46 @@ def _worse(one: int, other: int) -> int:
     return max(one, other, key=order.index)
 
 
+def _many(args: Args, cache: str, secrets: Mapping[str, bytes], console: Console) -> int:
+    def action(name: str) -> several.Answer:
+        ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
+        try:
+            report = _examine(ref, args, cache, secrets)
+        except Failure as failure:
+            if failure.code != NO_CHECKS:
+                raise
+            return several.Answer("without checks", failure.messages[0], {}, NO_CHECKS)
+        found = _json(report, ref)
+        if report.failure or report.check_errors:
+            return several.Answer("failed", "the check failed", found, 1)
+        counted = [
+            f"{count} {what}"
+            for count, what in (
+                (report.corruptions, "errors"),
+                (report.leaks, "leaked clusters"),
+                (report.corruptions_fixed, "errors repaired"),
+                (report.leaks_fixed, "leaked clusters repaired"),
+            )
+            if count
+        ]
+        kind = {2: "corrupt", 3: "with leaks"}.get(report.exit_status, "clean")
+        return several.Answer(kind, ", ".join(counted) or "no errors", found, report.exit_status)
+
+    return several.run_many(args, console, action, as_json=options.wants_json(args), worse=_worse)
+
+
 def _one(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes], console: Console) -> int:
+    report = _examine(ref, args, cache, secrets)
+    _print(report, ref, args, console)
+    if report.failure:
+        raise Failure(f"Check failed: {os.strerror(report.failure)}")
+    if report.check_errors:
+        raise Failure("Check failed")
+    return report.exit_status
+
+
+def _examine(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes]) -> Report:
+    """Check the image, or repair it.  Raises :class:`Failure`."""
     from qcowlib.qcow2.check import check
 
     level = args.text("repair")
@@ -98,21 +141,14 @@ def _one(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes], co
         raise Failure("This image format does not support checks", code=NO_CHECKS)
     try:
         if level is None:
-            report = check(storage, limit=_LIMIT)
-        else:
-            from qcowlib.qcow2.repair import repair
+            return check(storage, limit=_LIMIT)
+        from qcowlib.qcow2.repair import repair
 
-            report = repair(storage, "all" if level == "all" else "leaks", limit=_LIMIT)
+        return repair(storage, "all" if level == "all" else "leaks", limit=_LIMIT)
     except Error as error:
         raise open_failure(ref.text, error) from None
     finally:
         storage.close()
-    _print(report, ref, args, console)
-    if report.failure:
-        raise Failure(f"Check failed: {os.strerror(report.failure)}")
-    if report.check_errors:
-        raise Failure("Check failed")
-    return report.exit_status
 
 
 def _open(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes]) -> FileStorage | None:
@@ -181,7 +217,7 @@ _COUNTS = (
 )
 
 
-def _json(report: Report, ref: ImageRef) -> Json:
+def _json(report: Report, ref: ImageRef) -> dict[str, Json]:
     result: dict[str, Json] = {"filename": ref.text, "format": "qcow2", "check-errors": report.check_errors}
     for name in _COUNTS:
         count: int = getattr(report, name)

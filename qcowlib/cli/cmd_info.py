@@ -7,7 +7,7 @@ Invariant: nothing is printed for a chain of which one link cannot be opened.
 
 from __future__ import annotations
 
-from qcowlib.cli import options
+from qcowlib.cli import options, several
 from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.describe import describe, snapshot_table
 from qcowlib.cli.jsonout import human, pretty
@@ -35,6 +35,8 @@ COMMAND = Command(
         options.OBJECT,
         options.IMAGE_OPTS,
         options.FORCE_SHARE,
+        several.JOBS,
+        several.RECURSIVE,
     ),
     "info --output=json --backing-chain disk.qcow2",
 )
@@ -49,21 +51,46 @@ def run(args: Args, console: Console) -> int:
         from qcowlib.cli.objects import parse_secrets
 
         parse_secrets(args.texts("object"))
-    several = len(args.operands) > 1
+    if several.is_many(args, console):
+        return _many(args, console, as_json)
+    more = len(args.operands) > 1
     status, shown = 0, []
     for name in args.operands:
         try:
             ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
             shown += _chain(ref, args, console)
         except Failure as failure:
-            if not several:
+            if not more:
                 raise
             status = console.fail(failure)
     if as_json:
-        console.out(pretty(list(shown) if args.flag("chain") or several else shown[0]))
+        console.out(pretty(list(shown) if args.flag("chain") or more else shown[0]))
     else:
         console.out("\n".join(_text(item) for item in shown))
     return status
+
+
+def _many(args: Args, console: Console, as_json: bool) -> int:
+    def action(name: str) -> several.Answer:
+        ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
+        items = _chain(ref, args, console)
+        first = items[0]
+        size, disk = first["virtual-size"], first["actual-size"]
+        text = f"{first['format']}, {human_size(_int(size))} virtual, {human_size(_int(disk))} on disk"
+        if "backing-filename" in first:
+            text += f", over {printable(str(first['backing-filename']))}"
+        found: dict[str, Json] = dict(first)
+        if args.flag("chain"):
+            found["chain"] = list(items)
+        return several.Answer(str(first["format"]), text, found)
+
+    return several.run_many(args, console, action, as_json=as_json)
+
+
+def _int(value: Json) -> int:
+    if not isinstance(value, int):
+        raise TypeError("sizes are numbers")
+    return value
 
 
 def _chain(ref: ImageRef, args: Args, console: Console) -> list[dict[str, Json]]:
@@ -119,9 +146,7 @@ def _one(ref: ImageRef, args: Args, console: Console) -> dict[str, Json]:
 
 
 def _text(item: dict[str, Json]) -> str:
-    size, disk = item["virtual-size"], item["actual-size"]
-    if not isinstance(size, int) or not isinstance(disk, int):
-        raise TypeError("sizes are numbers")
+    size, disk = _int(item["virtual-size"]), _int(item["actual-size"])
     lines = [
         f"image: {item['filename']}\n",
         f"file format: {item['format']}\n",

@@ -48,6 +48,7 @@ COMMANDS = (
     "info",
     "map",
     "measure",
+    "overlay",
     "rebase",
     "resize",
     "restore",

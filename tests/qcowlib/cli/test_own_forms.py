@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +158,45 @@ def test_chain_draws_a_tree_and_fails_for_a_broken_one(qcow: Any) -> None:
     qcow("rebase", "-u", "-b", "gone", "-F", "qcow2", "top")
     assert qcow("chain", ".").status == 1
     assert qcow("chain", "nofile").status == 1
+
+
+def test_folder_is_checked_with_one_line_an_image_and_a_summary(qcow: Any, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        qcow("create", "-q", "-f", "qcow2", name, "1M")
+    with (tmp_path / "b").open("r+b") as file:  # a leaked cluster: its refcount is 1, nothing refers to it
+        file.truncate(5 << 16)
+        file.seek(2 * 65536 + 4 * 2)
+        file.write(b"\0\1")
+    outcome = qcow("check", "-j", "2", ".")
+    assert outcome.status == 3
+    assert outcome.out == "a: no errors\nb: 1 leaked clusters\nc: no errors\n3 images: 2 clean, 1 with leaks\n"
+    lines = [json.loads(line) for line in qcow("check", "--output=json", "a", "b", "nofile", "-j1").out.splitlines()]
+    assert [line.get("result") for line in lines] == ["clean", "with leaks", "failed", None]
+    assert lines[1]["leaks"] == 1 and "No such file" in lines[2]["error"]
+    assert lines[3] == {"summary": {"images": 3, "clean": 1, "failed": 1, "with leaks": 1}}
+    assert qcow("check", "-r", "leaks", ".").status == 0
+    assert qcow("check", ".").out.endswith("3 images: 3 clean\n")
+
+
+def test_folder_of_images_is_described(qcow: Any, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    qcow("create", "-q", "-f", "qcow2", "d/a", "1M")
+    qcow("create", "-q", "-f", "qcow2", "-b", "a", "-F", "qcow2", "d/b")
+    out = qcow("info", "d").out.splitlines()
+    assert out[0].startswith("d/a: qcow2, 1 MiB virtual, ") and out[1].endswith(", over a")
+    assert out[2] == "2 images: 2 qcow2"
+    lines = [json.loads(line) for line in qcow("info", "--output=json", "--backing-chain", "-R", ".").out.splitlines()]
+    assert [len(line["chain"]) for line in lines[:-1]] == [1, 2]
+    assert qcow("info", "-j", "17", "d").status == 1
+
+
+def test_thousand_overlays_in_one_call(qcow: Any, tmp_path: Path) -> None:
+    qcow("create", "-q", "-f", "qcow2", "base", "1M")
+    outcome = qcow("overlay", "-b", "base", "-F", "qcow2", "--count", "1000", "vm-%04d")
+    assert (outcome.status, outcome.out) == (0, "1000 overlays over base\n")
+    assert len(list(tmp_path.glob("vm-*"))) == 1000
+    assert qcow("overlay", "-b", "base", "-F", "qcow2", "vm-0001").status == 1
+    assert qcow("overlay", "-b", "base", "-F", "qcow2", "--count", "3", "x%s").status == 1
+    (tmp_path / "names").write_text("one\ntwo\n")
+    made = json.loads(qcow("overlay", "-b", "base", "-F", "qcow2", "--names", "names", "--output=json").out)
+    assert made["overlays"] == ["one", "two"]

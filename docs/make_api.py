@@ -58,6 +58,8 @@ SECTIONS = (
             "jobs/rebase.py": ("rebase", "flatten"),
             "jobs/backup.py": ("backup", "restore", "measure_backup"),
             "inspection.py": ("inspect", "Inspection", "Finding", "StreamReader"),
+            "jobs/diff.py": ("diff", "Change", "diff_overlay"),
+            "jobs/diff_stream.py": ("write_diff", "apply", "read_diff", "Applied"),
             "jobs/many.py": ("many", "Outcome", "images_in", "create_overlays"),
             "picture/survey.py": ("survey",),
             "picture/panels.py": ("Picture", "Panel", "Category"),

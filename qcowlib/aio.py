@@ -303,6 +303,7 @@ def _in_thread(function: Callable[P, R]) -> Callable[P, asyncio.Future[R]]:
 
 
 if TYPE_CHECKING:
+    apply = _in_thread(api.apply)
     backup = _in_thread(api.backup)
     chain_tree = _in_thread(api.chain_tree)
     commit = _in_thread(api.commit)
@@ -311,13 +312,17 @@ if TYPE_CHECKING:
     create = _in_thread(api.create)
     create_overlays = _in_thread(api.create_overlays)
     dd = _in_thread(api.dd)
+    diff = _in_thread(api.diff)
+    diff_overlay = _in_thread(api.diff_overlay)
     flatten = _in_thread(api.flatten)
     inspect = _in_thread(api.inspect)
     measure = _in_thread(api.measure)
     measure_backup = _in_thread(api.measure_backup)
+    read_diff = _in_thread(api.read_diff)
     rebase = _in_thread(api.rebase)
     restore = _in_thread(api.restore)
     survey = _in_thread(api.survey)
+    write_diff = _in_thread(api.write_diff)
 
 _NO_JOBS = {"deny_all", "directories", "images_in", "many", "open", "qemu_like", "same_directory"}
 _JOBS = {name for name in api.__all__ if name.islower()} - _NO_JOBS

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
     from qcowlib.jobs.dd import dd
+    from qcowlib.jobs.diff import Change, diff, diff_overlay
+    from qcowlib.jobs.diff_stream import Applied, apply, read_diff, write_diff
     from qcowlib.jobs.many import Outcome, create_overlays, images_in, many
     from qcowlib.jobs.measure import Measurement, measure
     from qcowlib.jobs.rebase import flatten, rebase
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AmendOptions",
+    "Applied",
     "Bitmap",
     "ChainTree",
+    "Change",
     "Comparison",
     "Extent",
     "Image",
@@ -47,6 +51,7 @@ __all__ = [
     "Picture",
     "Report",
     "Snapshot",
+    "apply",
     "backup",
     "chain_tree",
     "commit",
@@ -56,6 +61,8 @@ __all__ = [
     "create_overlays",
     "dd",
     "deny_all",
+    "diff",
+    "diff_overlay",
     "directories",
     "flatten",
     "images_in",
@@ -65,16 +72,20 @@ __all__ = [
     "measure_backup",
     "open",
     "qemu_like",
+    "read_diff",
     "rebase",
     "restore",
     "same_directory",
     "survey",
+    "write_diff",
 ]
 
 _LATER = {
     "AmendOptions": "qcow2.amend",
+    "Applied": "jobs.diff_stream",
     "Bitmap": "driver",
     "ChainTree": "picture.tree",
+    "Change": "jobs.diff",
     "Comparison": "jobs.compare",
     "Extent": "driver",
     "ImageInfo": "info",
@@ -86,6 +97,7 @@ _LATER = {
     "Picture": "picture.panels",
     "Report": "qcow2.check",
     "Snapshot": "driver",
+    "apply": "jobs.diff_stream",
     "backup": "jobs.backup",
     "chain_tree": "picture.tree",
     "commit": "jobs.commit",
@@ -94,15 +106,19 @@ _LATER = {
     "create": "jobs.creation",
     "create_overlays": "jobs.many",
     "dd": "jobs.dd",
+    "diff": "jobs.diff",
+    "diff_overlay": "jobs.diff",
     "flatten": "jobs.rebase",
     "images_in": "jobs.many",
     "inspect": "inspection",
     "many": "jobs.many",
     "measure": "jobs.measure",
     "measure_backup": "jobs.backup",
+    "read_diff": "jobs.diff_stream",
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",
     "survey": "picture.survey",
+    "write_diff": "jobs.diff_stream",
 }
 
 

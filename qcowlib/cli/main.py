@@ -34,6 +34,7 @@ __all__ = ["COMMANDS", "command_module", "entry", "main"]
 #: Subcommands in the order of the help.
 COMMANDS = (
     "amend",
+    "apply",
     "backup",
     "bench",
     "bitmap",
@@ -45,6 +46,7 @@ COMMANDS = (
     "create",
     "dd",
     "demo",
+    "diff",
     "info",
     "map",
     "measure",

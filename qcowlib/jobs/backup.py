@@ -36,33 +36,30 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal, cast
 
 from qcowlib.driver import COMPRESSED, DATA, HOLE
-from qcowlib.errors import UnsupportedFeature, UsageError, printable
+from qcowlib.errors import UsageError, printable
 from qcowlib.gate import References, deny_all, qemu_like
 from qcowlib.image import Image
 from qcowlib.image import open as open_image
 from qcowlib.jobs.copy import Copier
-from qcowlib.jobs.creation import file_options, new_storage, open_backing
+from qcowlib.jobs.creation import file_options
 from qcowlib.jobs.measure import Measurement, measure
-from qcowlib.jobs.pipeline import DEFAULT_MEMORY, Control, run
+from qcowlib.jobs.overlay import joined, run_plan, write_overlay
+from qcowlib.jobs.pipeline import DEFAULT_MEMORY, Control
 from qcowlib.jobs.plan import BACKING, COPY, ZEROS, Plan, Run, Source
-from qcowlib.jobs.targets import BuildTarget, ImageTarget, RawTarget
+from qcowlib.jobs.targets import ImageTarget, RawTarget
 from qcowlib.native import data_clusters
-from qcowlib.qcow2.create import new_header
 from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.storage.file import sync_directory
-from qcowlib.units import KiB, round_down, round_up
+from qcowlib.units import round_up
 
 if TYPE_CHECKING:
     from typing import Never
 
     from qcowlib.image import CacheMode
     from qcowlib.opening import Source as OpenSource
-    from qcowlib.qcow2.create import CreateOptions
     from qcowlib.storage.base import Storage
 
 __all__ = ["backup", "changed_ranges", "measure_backup", "restore"]
-
-_ZERO_UNIT = 4 * KiB
 
 Bitmaps = str | Sequence[str]
 
@@ -115,25 +112,26 @@ def backup(
         )
         if advance:
             _check_advance(image, bitmap, cache)
-        stored = os.fspath(backing)
-        described = file_options(options, image.size, backing=stored, backing_format=backing_format)
-        header = new_header(described)
-        _check_target(described, name)
-        ranges = changed_ranges(image, bitmap, described.cluster_size)
-        if check_backing:
-            open_backing(stored, backing_format, name, references)
-        with new_storage(target, cache) as storage:
-            plan = _BackupPlan(image, ranges, described.cluster_size, compress)
-            sink = BuildTarget(storage, header, data=None, zeroed=not getattr(storage, "is_block", False))
-            _run(plan, _copier(sink, described, compress), control)
-            sink.finish()
+        changed = write_overlay(
+            image,
+            lambda unit: changed_ranges(image, bitmap, unit),
+            target,
+            backing=os.fspath(backing),
+            backing_format=backing_format,
+            check_backing=check_backing,
+            compress=compress,
+            references=references,
+            cache=cache,
+            control=control,
+            options=options,
+        )
         if advance:
             if isinstance(target, str | bytes | os.PathLike):
                 sync_directory(name)
             for each in _names(bitmap):
                 image.clear_bitmap(each)
     control.end()
-    return plan.changed
+    return changed
 
 
 def restore(
@@ -174,7 +172,7 @@ def restore(
             target.resize(image.size, shrink=True)
         top = target.layers[0]
         sink = ImageTarget(target) if isinstance(top, Qcow2Image) else RawTarget(top.data)
-        _run(_RestorePlan(image), Copier(sink, unit=0, keep_zeros=True), control)
+        run_plan(_RestorePlan(image), Copier(sink, unit=0, keep_zeros=True), control)
         sink.finish()
     control.end()
 
@@ -241,25 +239,6 @@ def _names(bitmap: Bitmaps) -> list[str]:
     return [bitmap] if isinstance(bitmap, str) else list(bitmap)
 
 
-def _check_target(described: CreateOptions, name: str) -> None:
-    """Refuse what a backup cannot be.  Raises UnsupportedFeature."""
-    if described.data_file is not None or described.preallocation != "off" or described.encrypt is not None:
-        raise UnsupportedFeature("a backup is one plain file without preallocation", path=name)
-    if described.version < 3 or described.extended_l2:
-        raise UnsupportedFeature("a backup needs zero clusters: version 3, without extended L2 entries", path=name)
-
-
-def _copier(sink: BuildTarget, described: CreateOptions, compress: bool) -> Copier:
-    codec = None
-    if compress:
-        from qcowlib.codec import Codec
-
-        codec = Codec(described.compression_type, described.cluster_size)
-    return Copier(
-        sink, unit=_ZERO_UNIT, keep_zeros=True, cluster=described.cluster_size, compress=compress, codec=codec
-    )
-
-
 def _check_advance(image: Image, bitmap: Bitmaps, cache: CacheMode) -> None:
     """Refuse what could lose changes.  Raises UsageError."""
     if image.mode != "r+":
@@ -283,47 +262,7 @@ def changed_ranges(image: Image, bitmap: Bitmaps, unit: int = 1) -> Iterator[tup
     if not names:
         raise UsageError("at least one bitmap is needed", path=image.path)
     # Found now, read later: a wrong name is an error before anything is made.
-    return _joined(heapq.merge(*[image.bitmap_extents(name) for name in names]), unit, image.size)
-
-
-def _joined(ranges: Iterator[tuple[int, int]], cluster: int, size: int) -> Iterator[tuple[int, int]]:
-    start = end = 0
-    for offset, length in ranges:
-        low, high = round_down(offset, cluster), min(round_up(offset + length, cluster), size)
-        if low > end:
-            if start < end:
-                yield start, end
-            start = low
-        end = max(end, high)
-    if start < end:
-        yield start, end
-
-
-def _run(plan: Plan, copier: Copier, control: Control) -> None:
-    control.begin(plan.amount() if control.wanted else plan.total)
-    ordered = copier.target.ordered
-    run(plan.units(), copier.work, control, buffer_size=plan.buffer, amount=control.total, ordered=ordered)
-
-
-class _BackupPlan(Plan):
-    """Whole clusters of *ranges*; what is between them is left to the backing file."""
-
-    def __init__(self, image: Image, ranges: Iterator[tuple[int, int]], cluster: int, compress: bool) -> None:
-        super().__init__([Source(image, 0)], unit=_ZERO_UNIT, cluster=cluster, keep_zeros=True, single=compress)
-        self._ranges = list(ranges)
-        #: Guest bytes that the target stores.
-        self.changed = sum(end - start for start, end in self._ranges)
-
-    def _runs(self) -> Iterator[list[Run]]:
-        source = self.sources[0]
-        for start, end in self._ranges:
-            while start < end:
-                found = []
-                for kind, guest, length, host, layer in source.image.map(start, end - start):
-                    status = COPY if kind in (DATA, COMPRESSED) else ZEROS
-                    found.append(Run(status, guest, length, source, kind, guest, host, layer))
-                    start = guest + length
-                yield found
+    return joined(heapq.merge(*[image.bitmap_extents(name) for name in names]), unit, image.size)
 
 
 class _RestorePlan(Plan):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import qcowlib
 from qcowlib.cli.main import COMMANDS, main
 
 
@@ -200,3 +201,30 @@ def test_thousand_overlays_in_one_call(qcow: Any, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("one\ntwo\n")
     made = json.loads(qcow("overlay", "-b", "base", "-F", "qcow2", "--names", "names", "--output=json").out)
     assert made["overlays"] == ["one", "two"]
+
+
+def test_diff_says_what_differs_in_each_form(qcow: Any, tmp_path: Path) -> None:
+    qcow("create", "-q", "-f", "qcow2", "old", "4M")
+    qcow("create", "-q", "-f", "qcow2", "-b", "old", "-F", "qcow2", "new")
+    with qcowlib.open(tmp_path / "new", "r+") as image:
+        image.add_bitmap("b")
+        image.pwrite(b"x" * 100, 1 << 20)
+    assert qcow("diff", "old", "new").out.splitlines()[1].split() == ["0x100000", "0x1000", "data"]
+    assert json.loads(qcow("diff", "--output=json", "--unit", "64k", "old", "new").out) == [
+        {"start": 1 << 20, "length": 65536, "zero": False}
+    ]
+    assert qcow("diff", "--plan", "old", "new").out == "1 ranges: 4 KiB of data, 0 B of zeros\n"
+    assert json.loads(qcow("diff", "--bitmap", "b", "--output=json", "new").out) == [
+        {"start": 1 << 20, "length": 4096, "zero": False},
+        {"start": (1 << 20) + 4096, "length": 61440, "zero": True},
+    ]
+    assert qcow("diff", "old", "new", "--stream", "x.diff").out == "1 records: 4 KiB of data, 0 B of zeros\n"
+    told = json.loads(qcow("apply", "--plan", "--output=json", "x.diff").out)
+    assert told == {"records": 1, "data": 4096, "zeros": 0}
+    assert qcow("apply", "old", "x.diff", "-q").status == 0
+    assert qcow("diff", "--plan", "old", "new").out == "0 ranges: 0 B of data, 0 B of zeros\n"
+    for wrong in ("old", "--bitmap b old new", "-c old new", "--stream s --overlay o old new"):
+        outcome = qcow("diff", *wrong.split())
+        assert outcome.status == 1 and outcome.err.startswith("qcow: ")
+    (tmp_path / "x.diff").write_bytes(b"QCOWDIFF" + bytes(100))
+    assert qcow("apply", "old", "x.diff").err == "qcow: x.diff: the stream has a damaged header after 0 records\n"

@@ -87,6 +87,8 @@ def stage(qcow: Any) -> Any:
         "create -q -f qcow2 -b full.qcow2 -F qcow2 monday.qcow2",
     ):
         assert qcow(*line.split()).status == 0, line
+    assert qcow("create", "-q", "-f", "qcow2", "old.qcow2", "4M").status == 0
+    assert qcow("diff", "-q", "--stream", "changes.diff", "old.qcow2", "disk.qcow2").status == 0
     return qcow
 
 

@@ -58,6 +58,7 @@ SECTIONS = (
             "jobs/rebase.py": ("rebase", "flatten"),
             "jobs/backup.py": ("backup", "restore", "measure_backup"),
             "inspection.py": ("inspect", "Inspection", "Finding", "StreamReader"),
+            "jobs/backup_set.py": ("backup_set", "restore_set", "finish_set", "DiskBackup", "DiskRestore"),
             "jobs/diff.py": ("diff", "Change", "diff_overlay"),
             "jobs/diff_stream.py": ("write_diff", "apply", "read_diff", "Applied"),
             "jobs/many.py": ("many", "Outcome", "images_in", "create_overlays"),

@@ -204,6 +204,10 @@ class Image(OpenImage):
         """Forget what a bitmap has recorded."""
         await self._bitmaps().clear(name)
 
+    async def replace_bitmap(self, name: str, by: str) -> None:
+        """Delete bitmap *name* and give its name to bitmap *by*."""
+        await self._bitmaps().replace(name, by)
+
     async def enable_bitmap(self, name: str) -> None:
         """Record changes in a bitmap from now on."""
         await self._bitmaps().enable(name, True)
@@ -305,6 +309,7 @@ def _in_thread(function: Callable[P, R]) -> Callable[P, asyncio.Future[R]]:
 if TYPE_CHECKING:
     apply = _in_thread(api.apply)
     backup = _in_thread(api.backup)
+    backup_set = _in_thread(api.backup_set)
     chain_tree = _in_thread(api.chain_tree)
     commit = _in_thread(api.commit)
     compare = _in_thread(api.compare)
@@ -314,6 +319,7 @@ if TYPE_CHECKING:
     dd = _in_thread(api.dd)
     diff = _in_thread(api.diff)
     diff_overlay = _in_thread(api.diff_overlay)
+    finish_set = _in_thread(api.finish_set)
     flatten = _in_thread(api.flatten)
     inspect = _in_thread(api.inspect)
     measure = _in_thread(api.measure)
@@ -321,6 +327,7 @@ if TYPE_CHECKING:
     read_diff = _in_thread(api.read_diff)
     rebase = _in_thread(api.rebase)
     restore = _in_thread(api.restore)
+    restore_set = _in_thread(api.restore_set)
     survey = _in_thread(api.survey)
     write_diff = _in_thread(api.write_diff)
 

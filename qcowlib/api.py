@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qcowlib.info import ImageInfo
     from qcowlib.inspection import Inspection, inspect
     from qcowlib.jobs.backup import backup, measure_backup, restore
+    from qcowlib.jobs.backup_set import DiskBackup, DiskRestore, backup_set, finish_set, restore_set
     from qcowlib.jobs.commit import commit
     from qcowlib.jobs.compare import Comparison, compare
     from qcowlib.jobs.convert import convert
@@ -40,6 +41,8 @@ __all__ = [
     "ChainTree",
     "Change",
     "Comparison",
+    "DiskBackup",
+    "DiskRestore",
     "Extent",
     "Image",
     "ImageInfo",
@@ -53,6 +56,7 @@ __all__ = [
     "Snapshot",
     "apply",
     "backup",
+    "backup_set",
     "chain_tree",
     "commit",
     "compare",
@@ -64,6 +68,7 @@ __all__ = [
     "diff",
     "diff_overlay",
     "directories",
+    "finish_set",
     "flatten",
     "images_in",
     "inspect",
@@ -75,6 +80,7 @@ __all__ = [
     "read_diff",
     "rebase",
     "restore",
+    "restore_set",
     "same_directory",
     "survey",
     "write_diff",
@@ -87,6 +93,8 @@ _LATER = {
     "ChainTree": "picture.tree",
     "Change": "jobs.diff",
     "Comparison": "jobs.compare",
+    "DiskBackup": "jobs.backup_set",
+    "DiskRestore": "jobs.backup_set",
     "Extent": "driver",
     "ImageInfo": "info",
     "Inspection": "inspection",
@@ -99,6 +107,7 @@ _LATER = {
     "Snapshot": "driver",
     "apply": "jobs.diff_stream",
     "backup": "jobs.backup",
+    "backup_set": "jobs.backup_set",
     "chain_tree": "picture.tree",
     "commit": "jobs.commit",
     "compare": "jobs.compare",
@@ -108,6 +117,7 @@ _LATER = {
     "dd": "jobs.dd",
     "diff": "jobs.diff",
     "diff_overlay": "jobs.diff",
+    "finish_set": "jobs.backup_set",
     "flatten": "jobs.rebase",
     "images_in": "jobs.many",
     "inspect": "inspection",
@@ -117,6 +127,7 @@ _LATER = {
     "read_diff": "jobs.diff_stream",
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",
+    "restore_set": "jobs.backup_set",
     "survey": "picture.survey",
     "write_diff": "jobs.diff_stream",
 }

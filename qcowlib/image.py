@@ -376,6 +376,13 @@ class Image(OpenImage):
         """Forget what a bitmap has recorded.  Raises: UsageError for an unknown or inconsistent one."""
         self._runtime.run(self._bitmaps().clear(name))
 
+    def replace_bitmap(self, name: str, by: str) -> None:
+        """Delete bitmap *name* and give its name to bitmap *by*; a cut leaves both or the one.
+
+        Raises: UsageError for an unknown bitmap, or where *by* is inconsistent; StorageError.
+        """
+        self._runtime.run(self._bitmaps().replace(name, by))
+
     def enable_bitmap(self, name: str) -> None:
         """Record changes in a bitmap from now on.  Raises: as :meth:`clear_bitmap`."""
         self._runtime.run(self._bitmaps().enable(name, True))

@@ -36,6 +36,7 @@ COMMANDS = (
     "amend",
     "apply",
     "backup",
+    "backup-set",
     "bench",
     "bitmap",
     "chain",
@@ -177,7 +178,7 @@ def command_module(name: str) -> CommandModule:
 
 
 def _file_name(name: str) -> str:
-    return f"cmd_{name}"
+    return f"cmd_{name.replace('-', '_')}"
 
 
 def _help(command: Command | None, console: Console) -> int:

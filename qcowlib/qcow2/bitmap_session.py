@@ -335,6 +335,16 @@ class BitmapSession:
             empty = await self._fold(space, entry._replace(table_offset=0), None)
             await self._publish(space, self._with(empty))
 
+    async def replace(self, name: str, by: str) -> None:
+        """Delete bitmap *name* and give its name to bitmap *by*, by one switch of the directory."""
+        async with self._structural() as space:
+            entry, heir = find_bitmap(self.entries, name, self.path), self._find(by)
+            if entry is heir:
+                raise UsageError("a bitmap cannot take its own place", path=self.path)
+            await self._drop(space, entry)
+            renamed = [heir._replace(name=entry.name) if other is heir else other for other in self.entries]
+            await self._publish(space, [other for other in renamed if other is not entry])
+
     async def enable(self, name: str, enabled: bool) -> None:
         """Start or stop recording."""
         async with self._structural():

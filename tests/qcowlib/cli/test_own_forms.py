@@ -228,3 +228,27 @@ def test_diff_says_what_differs_in_each_form(qcow: Any, tmp_path: Path) -> None:
         assert outcome.status == 1 and outcome.err.startswith("qcow: ")
     (tmp_path / "x.diff").write_bytes(b"QCOWDIFF" + bytes(100))
     assert qcow("apply", "old", "x.diff").err == "qcow: x.diff: the stream has a damaged header after 0 records\n"
+
+
+def test_set_of_disks_is_backed_up_by_one_line(qcow: Any, tmp_path: Path) -> None:
+    entries = []
+    for name in ("a", "b"):
+        qcow("create", "-q", "-f", "qcow2", f"{name}-full", "1M")
+        qcow("create", "-q", "-f", "qcow2", name, "1M")
+        qcow("bitmap", "--add", name, "nightly")
+        with qcowlib.open(tmp_path / name, "r+") as image:
+            image.pwrite(b"x", 0)
+        backing = f"{name}-full"
+        entries.append({"source": name, "target": f"{name}-1", "bitmap": "nightly", "backing": backing})
+    (tmp_path / "set").write_text(json.dumps(entries))
+    assert qcow("backup-set", "j", "set").err == "qcow: disk 1 of the set lacks 'backing-format'\n"
+    (tmp_path / "set").write_text(json.dumps([{**entry, "backing-format": "qcow2"} for entry in entries]))
+    assert qcow("backup-set", "--plan", "j", "set").out.count("at most") == 2
+    assert qcow("backup-set", "j", "set").out == "2 disks, 128 KiB changed, all bitmaps advanced.\n"
+    assert json.loads(qcow("backup-set", "--finish", "--output=json", "j").out)["result"] == "nothing"
+    (tmp_path / "back").write_text(json.dumps([{"increment": "a-1", "target": "a-full"}]))
+    assert qcow("backup-set", "--restore", "j", "back").out == "1 disks restored.\n"
+    assert qcow("compare", "-q", "a", "a-full").status == 0
+    for text in ("{}", "[1]", '[{"x": "y"}]', '[{"source": 1}]', "["):
+        (tmp_path / "set").write_text(text)
+        assert qcow("backup-set", "j", "set").status == 1

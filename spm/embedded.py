@@ -108,6 +108,10 @@ class EmbeddedLeases:
         """See :class:`~storage_pool.leases.Leases`; there is only this host."""
         return "live" if self._joined.get(lockspace) == host_id else "free"
 
+    def members(self, lockspace: str) -> list[int]:
+        """See :class:`~spm.proof.ProvingLeases`; there is only this host."""
+        return [self._joined[lockspace]] if lockspace in self._joined else []
+
     def _open(self, lease: Lease) -> int:
         key = f"{lease.lockspace}/{lease.name}".encode()
         path = f"{self._folder}/{hashlib.sha256(key).hexdigest()[:32]}.lock"

@@ -45,6 +45,9 @@ class ProvingLeases(Leases, Protocol):
         Other leases of this object may be given up too.
         """
 
+    def members(self, lockspace: str) -> list[int]:
+        """Return the host ids that are renewed now, as far as is known.  Raises: LeaseError."""
+
     def settle_s(self, lease: Lease) -> float:
         """Return how long after :meth:`acquire` the first change must wait; ask before it.
 

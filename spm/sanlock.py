@@ -90,6 +90,9 @@ class SanlockClient(Protocol):
     def host_flags(self, name: str, host_id: int) -> int:
         """Return the state of a host as the daemon numbers it; unknown while it has not looked yet."""
 
+    def all_flags(self, name: str) -> dict[int, int]:
+        """Return the states of all hosts that the daemon has seen, by host id."""
+
     def killpath(self, connection: int, path: str, arguments: list[str]) -> None:
         """Have the daemon run a program instead of a signal when the lease is lost."""
 
@@ -141,6 +144,16 @@ class ModuleClient:
                 return _NO_HOST[error.code]
             raise
         return int(hosts[0]["flags"]) if hosts else _FREE
+
+    def all_flags(self, name: str) -> dict[int, int]:
+        """See :class:`SanlockClient`."""
+        try:
+            hosts = self._call("get_hosts", name.encode())
+        except LeaseError as error:
+            if error.code in _NO_HOST:
+                return {}
+            raise
+        return {int(host["host_id"]): int(host["flags"]) for host in hosts}
 
     def killpath(self, connection: int, path: str, arguments: list[str]) -> None:
         """See :class:`SanlockClient`."""
@@ -227,6 +240,19 @@ class LibraryClient:
         self._checked("get_hosts", result)
         try:
             return int(hosts[0][0].flags) if count[0] else _FREE
+        finally:
+            self._libc.free(hosts[0])
+
+    def all_flags(self, name: str) -> dict[int, int]:
+        """See :class:`SanlockClient`."""
+        hosts = self._ffi.new("struct sanlk_host **")
+        count = self._ffi.new("int *")
+        result = self._lib.sanlock_get_hosts(name.encode(), 0, hosts, count, 0)
+        if result in _NO_HOST:
+            return {}
+        self._checked("get_hosts", result)
+        try:
+            return {int(hosts[0][n].host_id): int(hosts[0][n].flags) for n in range(count[0])}
         finally:
             self._libc.free(hosts[0])
 
@@ -329,6 +355,11 @@ class SanlockLeases:
     def host_state(self, lockspace: str, host_id: int) -> HostState:
         """See :class:`~storage_pool.leases.Leases`."""
         return _STATES.get(self._select().host_flags(lockspace, host_id) & _STATE_MASK, "unknown")
+
+    def members(self, lockspace: str) -> list[int]:
+        """See :class:`~spm.proof.ProvingLeases`."""
+        flags = self._select().all_flags(lockspace)
+        return sorted(number for number, value in flags.items() if _STATES.get(value & _STATE_MASK) == "live")
 
     def acquire(self, lease: Lease, *, shared: bool = False) -> LeaseOwner:
         """See :class:`~storage_pool.leases.Leases`."""

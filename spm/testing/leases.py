@@ -174,6 +174,12 @@ class SimLeases:
         self._reach()
         return self.space.state(lockspace, host_id)
 
+    def members(self, lockspace: str) -> list[int]:
+        """See :class:`~spm.proof.ProvingLeases`."""
+        self._reach()
+        numbers = [number for space, number in self.space.seats if space == lockspace]
+        return sorted(number for number in numbers if self.space.state(lockspace, number) == "live")
+
     def _holders(self, lease: Lease) -> list[LeaseOwner]:
         leader = self.space.leader(lease)
         owners = [LeaseOwner(host, generation, leader.version) for host, generation in leader.shared.items()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from storage_pool.block_domain import BlockDomain
@@ -16,6 +17,7 @@ from storage_pool.file_domain import FileDomain
 from storage_pool.ids import is_id
 from storage_pool.lvm import Lvm, LvmHost
 from storage_pool.process import SystemRunner
+from storage_pool.token import SpmToken
 
 __all__ = ["make_lvm", "now", "open_domain", "take_token"]
 
@@ -30,7 +32,7 @@ def make_lvm(arguments: argparse.Namespace) -> Lvm:
         system_dir=os.environ.get("LVM_SYSTEM_DIR"),
         locking_dir=os.environ.get("QPOOL_LVM_LOCKING_DIR"),
     )
-    return Lvm(SystemRunner(), host)
+    return Lvm(arguments.runner or SystemRunner(), host)
 
 
 def open_domain(arguments: argparse.Namespace, name: str) -> FileDomain | BlockDomain:
@@ -42,9 +44,10 @@ def open_domain(arguments: argparse.Namespace, name: str) -> FileDomain | BlockD
     return FileDomain.open(name)
 
 
-def take_token(arguments: argparse.Namespace) -> FileToken:
-    """Take the right to change pools on this host."""
-    return FileToken(arguments.lock)
+def take_token(arguments: argparse.Namespace) -> AbstractContextManager[SpmToken]:
+    """Take the right to change pools on this host, unless the command was given one."""
+    held: SpmToken | None = arguments.held
+    return FileToken(arguments.lock) if held is None else nullcontext(held)
 
 
 def now() -> int:

@@ -12,15 +12,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from qcowlib.errors import Error
 from storage_pool.cli import cmd_demo, cmd_disk, cmd_domain, cmd_exchange, cmd_pool
 from storage_pool.cli.output import Output
 
-__all__ = ["entry", "main"]
+if TYPE_CHECKING:
+    from storage_pool.process import ProcessRunner
+    from storage_pool.token import SpmToken
 
-MODULES = (cmd_domain, cmd_disk, cmd_exchange, cmd_pool, cmd_demo)
+    class Subject(Protocol):
+        """What each module of a subject has."""
+
+        def add_parsers(
+            self, subjects: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
+        ) -> None: ...
+
+
+__all__ = ["MODULES", "entry", "main"]
+
+MODULES: tuple[Subject, ...] = (cmd_domain, cmd_disk, cmd_exchange, cmd_pool, cmd_demo)
 
 
 def entry() -> int:
@@ -28,7 +41,7 @@ def entry() -> int:
     return main(sys.argv[1:])
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(modules: Iterable[Subject]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qpool", description="Storage domains of RHV and oVirt.")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", choices=("human", "json"), default="human", help="how to print the answer")
@@ -38,14 +51,25 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--no-activation", action="store_true", help="reach logical volumes by their extents")
     common.add_argument("--lock", metavar="FILE", default="/run/lock/qpool.lock", help="who changes a pool holds it")
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
-    for module in MODULES:
+    for module in modules:
         module.add_parsers(subjects, common)
     return parser
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run one command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+def main(
+    argv: Sequence[str],
+    modules: Iterable[Subject] = MODULES,
+    *,
+    token: SpmToken | None = None,
+    runner: ProcessRunner | None = None,
+) -> int:
+    """Run one command line; returns the exit status.
+
+    *modules* are the subjects that there are.  With *token* changes are made by
+    this right instead of the lock of this host, and programs run by *runner*.
+    """
+    arguments = _parser(modules).parse_args(argv)
+    arguments.held, arguments.runner = token, runner
     output = Output(arguments.output == "json")
     try:
         status: int = arguments.run(arguments, output)

@@ -1,0 +1,24 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``qpool`` with all its subjects: those of ``storage_pool``, and ``host``.
+
+Invariant: as :mod:`storage_pool.cli.main`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from spm.cli import cmd_host
+from storage_pool.cli.main import MODULES, main
+
+__all__ = ["entry"]
+
+
+def entry() -> int:
+    """Run the command with the arguments of the process."""
+    return main(sys.argv[1:], (*MODULES, cmd_host))
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

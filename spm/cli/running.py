@@ -1,0 +1,215 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""The threads of a host: its own loop, a watch on each domain, the socket; the main one waits for signals.
+
+Invariant: everything about the role happens in the host's loop, one thing
+after the other; what others see is the last report, never a half-made one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from qcowlib.errors import Error, UsageError
+from spm.cli.endpoint import Answer, Endpoint
+from spm.host import HostReport, PoolHost
+from storage_pool.monitor import DomainMonitor, DomainStatus
+
+__all__ = ["HostLoop", "Monitors", "notify", "run_host"]
+
+#: How long a client waits for what it told a host to do.
+_ANSWER_S: Final = 3600.0
+_LEAVE_S: Final = 20.0
+
+
+class _Order(NamedTuple):
+    what: str
+    body: dict[str, Any]
+    answer: queue.Queue[Answer]
+
+
+def notify(text: str) -> None:
+    """Tell systemd, where it started this process; nothing is lost where that fails."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+        out.connect("\0" + path[1:] if path[0] == "@" else path)
+        out.send(text.encode())
+
+
+class Monitors:
+    """One thread a domain, so that one that hangs holds up no other."""
+
+    def __init__(self, make: Callable[[str], DomainMonitor], members: Callable[[], Sequence[str]], every_s: float):
+        self._make = make
+        self._members = members
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._watched: dict[str, DomainMonitor] = {}
+
+    def start(self) -> None:
+        """Begin to watch the members, and who becomes one."""
+        threading.Thread(target=self._follow, name="members", daemon=True).start()
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(Error, OSError):
+                for uuid in self._members():
+                    if uuid not in self._watched:
+                        self._watched[uuid] = self._make(uuid)
+                        threading.Thread(target=self._watch, args=(uuid,), name=f"monitor-{uuid}", daemon=True).start()
+            self._stop.wait(3 * self._every_s)
+
+    def _watch(self, uuid: str) -> None:
+        while not self._stop.is_set():
+            self._watched[uuid].check()
+            self._stop.wait(self._every_s)
+
+    def statuses(self) -> dict[str, DomainStatus]:
+        """Return the last status of each domain."""
+        return {uuid: monitor.status for uuid, monitor in list(self._watched.items())}
+
+    def stop(self) -> None:
+        """End; a check that hangs is left to the end of the process."""
+        self._stop.set()
+
+
+class HostLoop:
+    """Drives *host*, and does what it is told between two steps; *run* carries out a command with the role's right."""
+
+    def __init__(self, host: PoolHost, monitors: Monitors, run: Callable[[list[str]], int]) -> None:
+        self._host = host
+        self._monitors = monitors
+        self._run = run
+        self._orders: queue.Queue[_Order | None] = queue.Queue()
+        self._working: threading.Thread | None = None
+        self.failed: BaseException | None = None
+        self.ended = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="host", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def _loop(self) -> None:
+        try:
+            while True:
+                wait_s = self._host.step()
+                notify("WATCHDOG=1")
+                with contextlib.suppress(queue.Empty):
+                    order = self._orders.get(timeout=max(wait_s, 0.001))
+                    if order is None:
+                        break
+                    self._carry_out(order)
+            self._host.leave()
+        except BaseException as error:
+            self.failed = error
+        finally:
+            self.ended.set()
+
+    def leave(self) -> bool:
+        """Have the host leave; returns whether it did within its time."""
+        self._orders.put(None)
+        return self.ended.wait(_LEAVE_S)
+
+    # -- what others ask -----------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Return the state as ``/status`` tells it."""
+        report = self._host.report
+        domains = {
+            uuid: {"valid": status.valid, "delay": status.delay_s, "version": status.version, "error": status.error}
+            for uuid, status in sorted(self._monitors.statuses().items())
+        }
+        return {"time": round(time.time(), 3), **report._asdict(), "domains": domains}
+
+    def tell(self, what: str, body: dict[str, Any]) -> Answer:
+        """Have the loop do *what*, and wait for its answer."""
+        order = _Order(what, body, queue.Queue())
+        self._orders.put(order)
+        try:
+            return order.answer.get(timeout=_ANSWER_S)
+        except queue.Empty:
+            return 504, {"error": "the host does not answer"}
+
+    def _carry_out(self, order: _Order) -> None:
+        host = self._host
+        try:
+            if order.what == "/run":
+                self._begin(order)
+                return
+            if order.what == "/spm/start":
+                done = host.report.lockspace == "joined" and host.start()
+            elif order.what == "/spm/stop":
+                host.stop_spm()
+                done = True
+            else:
+                host.service.fence(int(order.body.get("host_id", -1)), str(order.body.get("confirmation", "")))
+                done = True
+        except (Error, OSError, ValueError) as error:
+            order.answer.put((409, {"error": str(error)}))
+            return
+        answer = host.report._asdict()
+        order.answer.put((200, answer) if done else (409, {"error": answer["reason"] or "not now", **answer}))
+
+    def _begin(self, order: _Order) -> None:
+        """Run a command beside the loop, which goes on to look at the lease; one at a time."""
+        argv = order.body.get("argv")
+        if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv):
+            raise UsageError("argv must be a list of words")
+        if self._host.report.role != "SPM":
+            raise UsageError("this host does not manage the pool")
+        if self._working is not None and self._working.is_alive():
+            raise UsageError("another command is under way here")
+        self._working = threading.Thread(target=self._work, args=(order, argv), name="command", daemon=True)
+        self._working.start()
+
+    def _work(self, order: _Order, argv: list[str]) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        status = 1
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = self._run(argv)
+        except SystemExit as ending:
+            status = ending.code if isinstance(ending.code, int) else 2
+        except Exception as error:
+            err.write(f"qpool: {error}\n")
+        order.answer.put((200, {"status": status, "stdout": out.getvalue(), "stderr": err.getvalue()}))
+
+
+def run_host(loop: HostLoop, monitors: Monitors, socket_path: str | None) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit status: 0 after leaving, 1 if that took too long or failed."""
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with contextlib.ExitStack() as stack:
+        if socket_path is not None:
+            stack.callback(Endpoint(socket_path, loop.status, loop.tell).close)
+        monitors.start()
+        stack.callback(monitors.stop)
+        loop.start()
+        while not asked.wait(0.2) and not loop.ended.is_set():
+            pass
+        notify("STOPPING=1")
+        # While a join waits for a host id there is nothing to give back.
+        left = loop.status()["lockspace"] == "joining" or loop.leave()
+    if loop.failed is not None:
+        raise loop.failed
+    return 0 if left and asked.is_set() else 1
+
+
+def report_line(report: HostReport) -> dict[str, Any]:
+    """Return *report* as one line of JSON tells it, with the wall clock and the one that goes on while asleep."""
+    boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return {"time": round(time.time(), 6), "clock": round(boot, 6), **report._asdict()}

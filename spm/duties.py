@@ -1,0 +1,147 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""The manager's duties on a real pool: recovery at the start, then the mailbox.
+
+Each is a step of :class:`~spm.service.SpmService` with its undo.  What cannot
+be recovered is told and left: a bad task or a foreign domain never keeps a
+manager from starting.
+
+Invariant: S3, S5.  What an older term left half done is finished or undone
+before the first request is answered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, suppress
+from typing import TYPE_CHECKING
+
+from qcowlib.errors import Error
+from qcowlib.storage.file import FileStorage
+from qcowlib.units import MiB
+from storage_pool.block_domain import BlockDomain
+from storage_pool.errors import Illegal, NotAuthorized
+from storage_pool.rooted import Rooted
+
+from .extend import ExtensionServer
+from .host import Duties
+from .service import Step
+from .tasks import TaskManager, TaskStore, Undo
+
+if TYPE_CHECKING:
+    from qcowlib.storage.base import Storage
+    from storage_pool.engine import Engine
+    from storage_pool.handles import AnyDomain
+
+    from .lease_watch import LeaseToken
+    from .mailbox import ExtendRequest
+
+__all__ = ["PoolDuties"]
+
+_TASKS = "master/tasks"
+
+
+def _direct(path: str, *, writable: bool = False) -> Storage:
+    """Open a file that other hosts write, around the page cache where its file system can."""
+    for cache in ("none", "writeback"):
+        with suppress(Error):
+            return FileStorage.open(path, writable=writable, cache=cache)
+    return FileStorage.open(path, writable=writable)
+
+
+class PoolDuties(Duties):
+    """Duties of the manager of the pool whose master *open_master* opens.
+
+    *connect* gives the engine of all domains with a token, *tell* hears what
+    recovery left, by domain or task; *undo* are the steps that stored tasks name.
+    """
+
+    def __init__(
+        self,
+        open_master: Callable[[], AnyDomain],
+        connect: Callable[[LeaseToken], Engine],
+        tell: Callable[[str], None],
+        *,
+        undo: Mapping[str, Undo] | None = None,
+        hosts: int = 250,
+    ) -> None:
+        self._open_master = open_master
+        self._connect = connect
+        self._tell = tell
+        self._undo = dict(undo or {})
+        self._hosts = hosts
+        self._held = ExitStack()
+        self._server: ExtensionServer | None = None
+        self._token: LeaseToken | None = None
+
+    def steps(self) -> tuple[Step, ...]:
+        """Return what follows the epoch when the role is taken."""
+        return (
+            Step("tasks", self._recover_tasks, lambda: None),
+            Step("recovery", self._recover_domains, lambda: None),
+            Step("mailbox", self._open_mailbox, self._close_mailbox),
+        )
+
+    def step(self, now_s: float) -> None:
+        """Answer requests.  Raises: NotSpm, StorageError."""
+        if self._server is not None:
+            self._server.step(now_s)
+
+    # -- recovery ----------------------------------------------------------------
+
+    def _recover_tasks(self, token: LeaseToken) -> None:
+        with closing(self._open_master()) as master:
+            path = f"{master.name}/{_TASKS}"
+        # On a volume group the tasks lie in a file system on the volume "master".
+        if not os.path.isdir(path):  # noqa: PTH112
+            return
+        with closing(Rooted(path)) as root:
+            left = TaskManager(TaskStore(root), self._undo).recover(token)
+        for task, why in sorted(left.items()):
+            self._tell(f"task {task} is left: {why}")
+
+    def _recover_domains(self, token: LeaseToken) -> None:
+        with self._connect(token) as engine:
+            try:
+                reports = engine.recover()
+            except NotAuthorized:
+                raise
+            except (Error, OSError) as error:
+                self._tell(f"recovery ended early: {error}")
+                return
+        for uuid, report in sorted(reports.items()):
+            if not report.clean:
+                self._tell(f"domain {uuid} needs a look: qpool check")
+
+    # -- mailbox -------------------------------------------------------------------
+
+    def _open_mailbox(self, token: LeaseToken) -> None:
+        master = self._open_master()
+        self._held.callback(master.close)
+        if isinstance(master, BlockDomain):
+            inbox = self._held.enter_context(master.special("inbox"))
+            outbox = self._held.enter_context(master.special("outbox", writable=True))
+        else:
+            inbox = self._held.enter_context(closing(_direct(f"{master.name}/dom_md/inbox")))
+            outbox = self._held.enter_context(closing(_direct(f"{master.name}/dom_md/outbox", writable=True)))
+        self._token = token
+        self._server = ExtensionServer(inbox, outbox, self._extend, hosts=self._hosts)
+        self._server.start()
+
+    def _close_mailbox(self) -> None:
+        self._server = self._token = None
+        self._held.close()
+        self._held = ExitStack()
+
+    def _extend(self, request: ExtendRequest) -> None:
+        token = self._token
+        if token is None:
+            raise Illegal("this host is not the manager")
+        with self._connect(token) as engine:
+            domain = engine.domain(request.domain).domain
+            if isinstance(domain, BlockDomain):
+                domain.extend(token, request.volume, request.size_mib * MiB)
+            else:
+                # A file grows by itself; the volume must be there.
+                domain.record(request.volume)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from spm.cli import cmd_host
+from spm.cli import cmd_demo, cmd_host
+from storage_pool.cli import cmd_demo as pool_demo
 from storage_pool.cli.main import MODULES, main
 
 __all__ = ["entry"]
@@ -17,7 +18,8 @@ __all__ = ["entry"]
 
 def entry() -> int:
     """Run the command with the arguments of the process."""
-    return main(sys.argv[1:], (*MODULES, cmd_host))
+    modules = [module for module in MODULES if module is not pool_demo]
+    return main(sys.argv[1:], (*modules, cmd_host, cmd_demo))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from storage_pool.cli.output import Output
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-__all__ = ["add_parsers"]
+__all__ = ["add_parsers", "present"]
+
+Demo = Callable[["Callable[[Result], None]", "str | None"], "list[Result]"]
 
 
 def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
@@ -28,6 +31,12 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, output: Output) -> int:
     from storage_pool.cli.demo import run_demo
 
+    return present(arguments, output, run_demo)
+
+
+def present(arguments: argparse.Namespace, output: Output, *demos: Demo) -> int:
+    """Run *demos* and print their steps as they end; returns 1 if one found a problem."""
+
     def tell(result: Result) -> None:
         if not output.as_json:
             state = "ok" if result.problem is None else "PROBLEM"
@@ -35,7 +44,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             output.line(f"{result.seconds:7.2f} s  {state}  {result.kind}: {result.step}: {said}")
             output.flush()
 
-    results = run_demo(tell, directory=arguments.directory)
+    results = [result for demo in demos for result in demo(tell, arguments.directory)]
     problems = sum(result.problem is not None for result in results)
     seconds = round(sum(result.seconds for result in results), 3)
     if output.as_json:

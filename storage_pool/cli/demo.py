@@ -270,7 +270,7 @@ def _run_kind(kind: str, demo: _Demo, tell: Callable[[Result], None]) -> Iterato
         yield result
 
 
-def run_demo(tell: Callable[[Result], None], *, directory: str | None = None) -> list[Result]:
+def run_demo(tell: Callable[[Result], None], directory: str | None = None) -> list[Result]:
     """Run all steps on files and, where that is possible, on a volume group; *tell* hears of each at once."""
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="qpool-demo-", dir=directory) as folder:

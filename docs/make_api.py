@@ -62,6 +62,8 @@ SECTIONS = (
             "jobs/diff.py": ("diff", "Change", "diff_overlay"),
             "jobs/diff_stream.py": ("write_diff", "apply", "read_diff", "Applied"),
             "jobs/many.py": ("many", "Outcome", "images_in", "create_overlays"),
+            "nbd/server.py": ("serve", "NbdServer"),
+            "nbd/export.py": ("Export",),
             "picture/survey.py": ("survey",),
             "picture/panels.py": ("Picture", "Panel", "Category"),
             "picture/svg.py": ("svg",),

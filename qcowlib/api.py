@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from qcowlib.jobs.many import Outcome, create_overlays, images_in, many
     from qcowlib.jobs.measure import Measurement, measure
     from qcowlib.jobs.rebase import flatten, rebase
+    from qcowlib.nbd.export import Export
+    from qcowlib.nbd.server import NbdServer, serve
     from qcowlib.picture.panels import Panel, Picture
     from qcowlib.picture.survey import survey
     from qcowlib.picture.tree import ChainTree, chain_tree
@@ -43,12 +45,14 @@ __all__ = [
     "Comparison",
     "DiskBackup",
     "DiskRestore",
+    "Export",
     "Extent",
     "Image",
     "ImageInfo",
     "Inspection",
     "KeyChange",
     "Measurement",
+    "NbdServer",
     "Outcome",
     "Panel",
     "Picture",
@@ -82,6 +86,7 @@ __all__ = [
     "restore",
     "restore_set",
     "same_directory",
+    "serve",
     "survey",
     "write_diff",
 ]
@@ -95,11 +100,13 @@ _LATER = {
     "Comparison": "jobs.compare",
     "DiskBackup": "jobs.backup_set",
     "DiskRestore": "jobs.backup_set",
+    "Export": "nbd.export",
     "Extent": "driver",
     "ImageInfo": "info",
     "Inspection": "inspection",
     "KeyChange": "qcow2.amend",
     "Measurement": "jobs.measure",
+    "NbdServer": "nbd.server",
     "Outcome": "jobs.many",
     "Panel": "picture.panels",
     "Picture": "picture.panels",
@@ -128,6 +135,7 @@ _LATER = {
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",
     "restore_set": "jobs.backup_set",
+    "serve": "nbd.server",
     "survey": "picture.survey",
     "write_diff": "jobs.diff_stream",
 }

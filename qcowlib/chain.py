@@ -293,8 +293,11 @@ class Chain:
             return await self.bitmap_session().listed()
         return await self.runtime.io(read_bitmaps, top.storage, top.header)
 
-    async def bitmap_ranges(self, name: str) -> Iterator[tuple[int, int]]:
-        """What a bitmap has recorded up to now, as ``(offset, length)``; the iterator blocks."""
+    async def bitmap_ranges(self, name: str, since: int = 0) -> Iterator[tuple[int, int]]:
+        """What a bitmap has recorded up to now, as ``(offset, length)``; the iterator blocks.
+
+        What ends before *since* may be left out.
+        """
         from qcowlib.qcow2.bitmap import dirty_ranges, find_bitmap, usable
 
         top, path = self.top, self.top.storage.name
@@ -302,7 +305,7 @@ class Chain:
         if not isinstance(top, Qcow2Image):
             return iter(())
         extra = self.bitmap_session().recorded(entry) if top.tracker is not None else None
-        return dirty_ranges(top.storage, top.header, entry, extra)
+        return dirty_ranges(top.storage, top.header, entry, extra, since)
 
     async def flush(self) -> None:
         """Make every finished change durable."""

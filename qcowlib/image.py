@@ -349,14 +349,16 @@ class Image(OpenImage):
         self._check_open()
         return self._runtime.run(self._chain.bitmaps())
 
-    def bitmap_extents(self, name: str) -> Iterator[tuple[int, int]]:
+    def bitmap_extents(self, name: str, offset: int = 0) -> Iterator[tuple[int, int]]:
         """Yield ``(offset, length)`` of the guest ranges that bitmap *name* has recorded, in order, lazily.
 
-        Lengths are whole bits, cut at the end of the image.  Not while bitmaps
-        are being changed.  Raises: UsageError for an unknown or inconsistent one.
+        What lies before guest *offset* may be left out.  Lengths are whole bits, cut at
+        the end of the image.  Not while bitmaps are being changed.
+        Raises: UsageError for an unknown or inconsistent one.
         """
         self._check_open()
-        return self._runtime.run(self._chain.bitmap_ranges(name))
+        check_range(offset, 0, self._chain.size, self.path)
+        return self._runtime.run(self._chain.bitmap_ranges(name, offset))
 
     def add_bitmap(self, name: str, granularity: int | None = None, *, disabled: bool = False) -> None:
         """Make an empty bitmap; durable when this returns, as all changes of bitmaps are.

@@ -17,7 +17,20 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-PROGRAMS = ("qemu-img", "qemu-io", "qemu-nbd", "nbdkit", "lvm", "sanlock", "mke2fs", "losetup", "chromium")
+PROGRAMS = (
+    "qemu-img",
+    "qemu-io",
+    "qemu-nbd",
+    "nbdkit",
+    "nbdinfo",
+    "nbdcopy",
+    "fio",
+    "lvm",
+    "sanlock",
+    "mke2fs",
+    "losetup",
+    "chromium",
+)
 
 # Of programs that live where an ordinary user's PATH does not reach.
 os.environ["PATH"] += ":/usr/sbin:/sbin"

@@ -196,15 +196,19 @@ def new_entry(header: Header, name: str, granularity: int | None, flags: int, pa
 
 
 def dirty_ranges(
-    storage: Storage, header: Header, entry: BitmapEntry, extra: Pages | None = None
+    storage: Storage, header: Header, entry: BitmapEntry, extra: Pages | None = None, since: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """Yield ``(guest offset, length)`` of what the bitmap (or *extra*) has set, joined, in order (blocking)."""
+    """Yield ``(guest offset, length)`` of what the bitmap (or *extra*) has set, joined, in order (blocking).
+
+    Pages that lie wholly before guest offset *since* are not looked at.
+    """
     size = header.virtual_size
     if entry.table_size != bitmap_table_entries(size, entry.granularity_bits, header.cluster_bits):
         raise CorruptImage(f"Could not read bitmap '{printable(entry.name)}' from image", path=storage.name)
     table = Table(storage, header, entry)
     start = end = 0
-    for first, count in _runs(table, extra, ceil_div(size, entry.granularity), 8 << header.cluster_bits):
+    total, page_bits = ceil_div(size, entry.granularity), 8 << header.cluster_bits
+    for first, count in _runs(table, extra, total, page_bits, (since >> entry.granularity_bits) // page_bits):
         low = first << entry.granularity_bits
         high = min((first + count) << entry.granularity_bits, size)
         if low == end and start != end:
@@ -217,10 +221,10 @@ def dirty_ranges(
         yield start, end - start
 
 
-def _runs(table: Table, extra: Pages | None, total: int, page_bits: int) -> Iterator[tuple[int, int]]:
+def _runs(table: Table, extra: Pages | None, total: int, page_bits: int, page_from: int) -> Iterator[tuple[int, int]]:
     """Yield runs of set bits below *total*, page by page."""
     recorded = extra.pages if extra is not None else {}
-    for index in range(len(table)):
+    for index in range(page_from, len(table)):
         base = index * page_bits
         count = min(page_bits, total - base)
         more = recorded.get(index, b"")

@@ -21,6 +21,7 @@ PROGRAMS = (
     "qemu-img",
     "qemu-io",
     "qemu-nbd",
+    "qemu-system-x86_64",
     "nbdkit",
     "nbdinfo",
     "nbdcopy",

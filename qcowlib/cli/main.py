@@ -55,6 +55,7 @@ COMMANDS = (
     "rebase",
     "resize",
     "restore",
+    "serve",
     "snapshot",
 )
 

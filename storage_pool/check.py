@@ -8,15 +8,17 @@ rule that mends it, and :func:`mend` does only what has one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .block_domain import BlockDomain
 from .block_group import repair_mapping
 from .domain import Domain, Leftover, VolumeEntry
+from .exchange import recover_moves
 from .image_group import Finding, ImageGroup, findings, repair
 from .merge import recover_merges
 from .merge_swap import recover_swaps
+from .metadata_domain import DATA
 from .transfer import recover_copies
 from .volume import recover_removals
 
@@ -40,6 +42,26 @@ class DomainReport(NamedTuple):
     def clean(self) -> bool:
         """Whether nothing was found."""
         return not (self.findings or self.leftovers or self.unfinished or self.unmapped)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it as a JSON document."""
+        return {
+            **self._asdict(),
+            "findings": [finding._asdict() for finding in self.findings],
+            "leftovers": [leftover._asdict() for leftover in self.leftovers],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Say it for people; what has a rule with that rule."""
+        yield f"{self.images} images, {self.volumes} volumes"
+        for finding in self.findings:
+            yield finding.line()
+        for leftover in self.leftovers:
+            yield f"{leftover.name}: {leftover.kind}, {leftover.why}"
+        for name, note in self.unfinished.items():
+            yield f"{name}: {note} was cut"
+        for name in self.unmapped:
+            yield f"{name}: a device that the keys of the domain do not name"
 
 
 def check_domain(domain: Domain) -> DomainReport:
@@ -89,11 +111,15 @@ def recover(token: SpmToken, domain: Domain) -> list[str]:
     return noted
 
 
-def mend(token: SpmToken, domain: Domain) -> DomainReport:
+def mend(token: SpmToken, domain: Domain, *, find: Callable[[str], Domain] | None = None) -> DomainReport:
     """End operations that were cut, sweep leftovers, mend what has a rule; returns what is left.
 
-    Parents are mended before the tags and roles that follow from them.
+    *find* opens the domain of a UUID, to which a disk was being moved; a move
+    to one that is away stays unfinished.  Parents are mended before the tags
+    and roles that follow from them.
     """
+    if find is not None and domain.metadata.domain_class == DATA:
+        recover_moves(token, domain, find)
     recover(token, domain)
     domain.sweep(token, domain.leftovers())
     if isinstance(domain, BlockDomain):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from qcowlib.errors import Error
 from qcowlib.runtime import SyncRuntime
 
-from . import block_group, exchange
+from . import block_group
 from . import metadata_domain as md
 from .block_domain import BlockDomain
 from .check import DomainReport
@@ -101,11 +101,15 @@ class Engine:
         self._own: FileToken | None = None
         self._open: dict[str, EngineDomain] = {}
         self._pools: list[EnginePool] = []
-        self._context = Context(lambda: token or self._take(), clock, space)
+        self._context = Context(lambda: self._begin(token), clock, space, lambda uuid: self.domain(uuid).domain)
 
-    def _take(self) -> FileToken:
-        self._own = FileToken(f"{self.place}/{LOCK_NAME}")
-        return self._own
+    def _begin(self, token: SpmToken | None) -> SpmToken:
+        """Take the right to change; what was read without it may be of before another's changes."""
+        if token is None:
+            token = self._own = FileToken(f"{self.place}/{LOCK_NAME}")
+        for domain in self._open.values():
+            domain.refresh()
+        return token
 
     # Domains
 
@@ -133,8 +137,8 @@ class Engine:
         if version is None:
             version = md.LATEST_VERSION if domain_class == "data" else 0
         if devices is not None:
-            made: AnyDomain = block_group.create_block_domain(
-                self._context.token,
+            made: AnyDomain = self._context.change(
+                block_group.create_block_domain,
                 self._require_lvm(),
                 self._runner,
                 make_id(),
@@ -150,8 +154,8 @@ class Engine:
             raise InvalidName(f"not the name of a directory: '{printable(name[:80])}'")
         path = f"{self.place}/{name}"
         os.makedirs(path, exist_ok=True)  # noqa: PTH103
-        made = FileDomain.create(
-            self._context.token,
+        made = self._context.change(
+            FileDomain.create,
             path,
             make_id(),
             version=version,
@@ -225,9 +229,8 @@ class Engine:
 
     def create_pool(self, name: str, master: EngineDomain, *others: EngineDomain) -> EnginePool:
         """Make a pool of unattached domains."""
-        made = StoragePool.create(
-            self._context.token, make_id(), name, master.domain, [other.domain for other in others]
-        )
+        members = [other.domain for other in others]
+        made = self._context.change(StoragePool.create, make_id(), name, master.domain, members)
         return self._keep_pool(made)
 
     def pools(self) -> list[EnginePool]:
@@ -258,17 +261,14 @@ class Engine:
         if present is not None and present.metadata.master_version >= master_version:
             raise AlreadyExists(f"a master with version {present.metadata.master_version} is here", path=present.name)
         members = {domain.uuid: md.ACTIVE for domain in domains}
-        made = StoragePool.reconstruct(
-            self._context.token, uuid, name, master.domain, members, master_version=master_version
+        made = self._context.change(
+            StoragePool.reconstruct, uuid, name, master.domain, members, master_version=master_version
         )
         return self._keep_pool(made)
 
     def recover(self) -> dict[str, DomainReport]:
         """End or take back everything that was cut, in all domains; returns by UUID what is left."""
         domains = self.domains()
-        for domain in domains:
-            if domain.domain.metadata.domain_class == md.DATA:
-                exchange.recover_moves(self._context.token, domain.domain, lambda uuid: self.domain(uuid).domain)
         return {domain.uuid: domain.mend() for domain in domains if domain.domain.metadata.domain_class != md.ISO}
 
     def close(self) -> None:
@@ -323,32 +323,32 @@ class EnginePool:
 
     def attach(self, domain: EngineDomain) -> None:
         """Make a domain a member; it is active after :meth:`activate`."""
-        self.pool.attach(self._context.token, domain.domain)
+        self._context.change(self.pool.attach, domain.domain)
 
     def detach(self, domain: EngineDomain) -> None:
         """Take a domain that is not active out."""
-        self.pool.detach(self._context.token, domain.domain)
+        self._context.change(self.pool.detach, domain.domain)
 
     def activate(self, domain: EngineDomain) -> None:
         """Let hosts use a member; an older data domain gets the pool's version, a former master its place."""
         version = self.pool.master.metadata.version
-        self.pool.activate(self._context.token, domain.domain)
+        self._context.change(self.pool.activate, domain.domain)
         if domain.domain.metadata.domain_class == md.DATA and domain.version < version:
             domain.upgrade(version)
 
     def deactivate(self, domain: EngineDomain | str) -> None:
         """Let no host use a member; one that is lost is named by its UUID."""
         uuid = domain if isinstance(domain, str) else domain.uuid
-        self.pool.deactivate(self._context.token, uuid)
+        self._context.change(self.pool.deactivate, uuid)
         self.recovery.forget_domain(uuid)
 
     def migrate_master(self, domain: EngineDomain) -> None:
         """Make another active data domain the master."""
-        self.pool.migrate_master(self._context.token, domain.domain)
+        self._context.change(self.pool.migrate_master, domain.domain)
 
     def destroy(self) -> None:
         """End a pool whose only member is its master."""
-        self.pool.destroy(self._context.token)
+        self._context.change(self.pool.destroy)
 
     def active(self) -> list[EngineDomain]:
         """Return the active members that can be opened."""
@@ -387,7 +387,7 @@ class EnginePool:
                 back.reopen()
                 if back.uuid == self.pool.master.uuid:
                     self.pool.master = back.domain
-                self.pool.repair_role(self._context.token, back.domain)
+                self._context.change(self.pool.repair_role, back.domain)
         return found, events
 
     def close(self) -> None:

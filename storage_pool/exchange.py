@@ -62,6 +62,8 @@ __all__ = [
 ]
 
 _NOTE: Final = "move:"
+#: The end of a move for now whose target is not to be found.
+AWAY: Final = "its target is away"
 FAKE_DESCRIPTION: Final = "Fake volume"
 
 
@@ -118,7 +120,8 @@ def _refuse_present(target: Domain, image: str) -> None:
 def recover_moves(token: SpmToken, source: Domain, find: Callable[[str], Domain]) -> dict[str, str]:
     """End moves out of *source* that were cut; *find* opens a domain by UUID.
 
-    Returns by image ``moved`` or ``taken back``.
+    Returns by image ``moved``, ``taken back`` or, where its target is not to
+    be found, :data:`AWAY`: nothing is done to such a disk.
     """
     source.refresh()
     # What is out of sight is moved, only its space is not given back yet.
@@ -130,7 +133,11 @@ def recover_moves(token: SpmToken, source: Domain, find: Callable[[str], Domain]
         entries = source.entries()
         image = entries[leaf].images[0]
         left = sorted(v for v, e in entries.items() if e.images[:1] == (image,) and not (e.removed or e.initializing))
-        target = find(note.removeprefix(_NOTE))
+        try:
+            target = find(note.removeprefix(_NOTE))
+        except NotFound:
+            ended[image] = AWAY
+            continue
         if _arrived(token, target, leaf):
             remove_volumes(token, source, image, left, force=True)
             source.purge(token, image)

@@ -3,21 +3,23 @@
 """Domains and disks as the engine gives them to a tool (:mod:`.engine`).
 
 Invariant: nothing of its own is kept here but the open domain; what a handle
-answers is read when it is asked, and every change passes the token and the
-space policy on the way to the module that makes it.
+answers is read when it is asked.  Every change goes through
+:meth:`Context.change`, which adds the right to make it, and what takes space
+through the space policy before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
 import qcowlib
 
-from . import block_group, exchange, image_group, iso, merge, snapshot, transfer, volume
+from . import block_group, exchange, image_group, iso, merge, merge_swap, snapshot, transfer, volume, volume_jobs
 from .block_domain import BlockDomain
 from .check import DomainReport, check_domain, mend
-from .errors import Illegal, NotFound
+from .domain import Domain
+from .errors import Illegal, NotFound, printable
 from .file_domain import FileDomain
 from .ids import BLANK, make_id
 from .metadata_volume import PREALLOCATED, RAW, SHARED, SPARSE, VolumeMetadata
@@ -27,11 +29,15 @@ from .stream import Progress, Readable, Received, Writable
 from .upgrade import upgrade
 
 if TYPE_CHECKING:
+    from qcowlib.driver import Bitmap
+
     from .token import SpmToken
 
 __all__ = ["AnyDomain", "Context", "Disk", "EngineDomain"]
 
 AnyDomain = FileDomain | BlockDomain
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _silent(done: int, total: int) -> None:
@@ -39,15 +45,26 @@ def _silent(done: int, total: int) -> None:
 
 
 class Context:
-    """What the parts of one engine share: the right to change, the clock (seconds since 1970), the space policy."""
+    """What the parts of one engine share.
 
-    __slots__ = ("_take", "_token", "now", "space")
+    The right to change, the clock (seconds since 1970), the space policy, and
+    how to *find* an open domain by UUID.
+    """
 
-    def __init__(self, take: Callable[[], SpmToken], now: Callable[[], int], space: SpacePolicy) -> None:
+    __slots__ = ("_take", "_token", "find", "now", "space")
+
+    def __init__(
+        self,
+        take: Callable[[], SpmToken],
+        now: Callable[[], int],
+        space: SpacePolicy,
+        find: Callable[[str], AnyDomain],
+    ) -> None:
         self._take = take
         self._token: SpmToken | None = None
         self.now = now
         self.space = space
+        self.find = find
 
     @property
     def token(self) -> SpmToken:
@@ -55,6 +72,10 @@ class Context:
         if self._token is None:
             self._token = self._take()
         return self._token
+
+    def change(self, work: Callable[Concatenate[SpmToken, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do *work* with the right to change before its other arguments."""
+        return work(self.token, *args, **kwargs)
 
 
 class EngineDomain:
@@ -141,7 +162,7 @@ class EngineDomain:
         kind = PREALLOCATED if preallocated or (format == RAW and self.domain.block) else SPARSE
         self.require(size if kind == PREALLOCATED else self.thin_start(size))
         spec = volume.VolumeSpec(make_id(), make_id(), size, format, kind, parent, description=description)
-        volume.create_volume(self._context.token, self.domain, spec, self._context.now())
+        self._context.change(volume.create_volume, self.domain, spec, self._context.now())
         return Disk(self._context, self, spec.image)
 
     def thin_start(self, capacity: int) -> int:
@@ -160,8 +181,8 @@ class EngineDomain:
     ) -> Disk:
         """Make a disk of a stream; see :func:`.exchange.upload`."""
         self.require(size)
-        made = exchange.upload(
-            self._context.token,
+        made = self._context.change(
+            exchange.upload,
             self.domain,
             stream,
             size,
@@ -180,19 +201,19 @@ class EngineDomain:
         return check_domain(self.domain)
 
     def mend(self) -> DomainReport:
-        """End what was cut and mend what has a rule; returns what is left."""
-        return mend(self._context.token, self.domain)
+        """End what was cut, moves out of it too, and mend what has a rule; returns what is left."""
+        return self._context.change(mend, self.domain, find=self._context.find)
 
     def upgrade(self, version: int) -> list[str]:
         """Convert it in place; returns problems of single volumes."""
-        return list(upgrade(self._context.token, self.domain, version, ctime=self._context.now()))
+        return list(self._context.change(upgrade, self.domain, version, ctime=self._context.now()))
 
     def destroy(self) -> None:
         """Remove it with everything in it.  Raises: Illegal while it is attached."""
         if isinstance(self.domain, BlockDomain):
-            block_group.destroy_block_domain(self._context.token, self.domain)
+            self._context.change(block_group.destroy_block_domain, self.domain)
         else:
-            self.domain.destroy(self._context.token)
+            self._context.change(self.domain.destroy)
 
     # Devices of a volume group
 
@@ -203,15 +224,15 @@ class EngineDomain:
 
     def extend(self, devices: Sequence[str], *, force: bool = False) -> None:
         """Add devices."""
-        block_group.extend_block_domain(self._context.token, self._group(), devices, force=force)
+        self._context.change(block_group.extend_block_domain, self._group(), devices, force=force)
 
     def reduce(self, device: str) -> None:
         """Take an empty device out."""
-        block_group.reduce_block_domain(self._context.token, self._group(), device)
+        self._context.change(block_group.reduce_block_domain, self._group(), device)
 
     def resize(self, device: str) -> None:
         """Let it see that a device has grown."""
-        block_group.resize_device(self._context.token, self._group(), device)
+        self._context.change(block_group.resize_device, self._group(), device)
 
     # Media of an ISO domain
 
@@ -228,7 +249,11 @@ class EngineDomain:
         self, name: str, stream: Readable, *, sha256: str | None = None, progress: Progress = _silent
     ) -> Received:
         """Put a medium into it."""
-        return iso.upload_media(self._context.token, self._files(), name, stream, sha256=sha256, progress=progress)
+        return self._context.change(iso.upload_media, self._files(), name, stream, sha256=sha256, progress=progress)
+
+    def remove_media(self, name: str) -> None:
+        """Remove a medium.  Raises: NotFound, InvalidName."""
+        self._context.change(iso.remove_media, self._files(), name)
 
     def refresh(self) -> None:
         """Forget what was read; other hosts may have changed it."""
@@ -303,18 +328,49 @@ class Disk:
         """Open it, or one volume of it, with the chain below."""
         return volume.open_image(self.home.domain, volume_id or self.leaf, writable=mode == "r+")
 
+    def _change(
+        self, work: Callable[Concatenate[SpmToken, Domain, str, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Do *work* to this disk."""
+        return self._context.change(work, self.home.domain, self.image, *args, **kwargs)
+
+    def _job(
+        self,
+        work: Callable[Concatenate[SpmToken, Domain, str, P], R],
+        volume_id: str | None,
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Do *work* to one of its own volumes, the leaf by default.  Raises: NotFound."""
+        chosen = volume_id or self.leaf
+        if chosen not in self._group().own():
+            raise NotFound(f"the disk has no volume {printable(chosen[:64])}", path=self.home.domain.name)
+        return self._context.change(work, self.home.domain, chosen, *args, **kwargs)
+
+    def _copy(
+        self,
+        work: Callable[Concatenate[SpmToken, Domain, str, Domain, P], R],
+        to: EngineDomain,
+        volumes: Iterable[str],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Do *work*, which copies *volumes*, where there is room for them."""
+        to.require(sum(self.home.domain.usage_of(member) for member in volumes))
+        return self._change(work, to.domain, *args, **kwargs)
+
     def extend(self, size: int) -> None:
         """Make it larger."""
-        volume.extend_capacity(self._context.token, self.home.domain, self.leaf, size)
+        self._job(volume.extend_capacity, None, size)
 
     def remove(self, *, zero: bool = False, discard: bool = False) -> None:
         """Remove it; *zero* overwrites its data first, *discard* gives the blocks back.
 
         Raises: Illegal for a template in use.
         """
-        volume.remove_volumes(
-            self._context.token, self.home.domain, self.image, self._group().own(), zero=zero, discard=discard
-        )
+        self._change(volume.remove_volumes, self._group().own(), zero=zero, discard=discard)
 
     # Snapshots
 
@@ -325,128 +381,118 @@ class Disk:
         """
         taken = self.leaf
         self.home.require(self.home.thin_start(self.size))
-        snapshot.create_snapshot(
-            self._context.token, self.home.domain, self.image, ctime=self._context.now(), copy_bitmaps=copy_bitmaps
-        )
+        self._change(snapshot.create_snapshot, ctime=self._context.now(), copy_bitmaps=copy_bitmaps)
         return taken
 
     def preview(self, taken: str) -> str:
         """Make a second leaf on a snapshot and return it."""
-        return snapshot.preview(self._context.token, self.home.domain, self.image, taken, ctime=self._context.now())
+        return self._change(snapshot.preview, taken, ctime=self._context.now())
 
     def undo(self, previewed: str) -> None:
         """Drop a preview."""
-        snapshot.undo_preview(self._context.token, self.home.domain, self.image, previewed)
+        self._change(snapshot.undo_preview, previewed)
 
     def commit(self, previewed: str) -> list[str]:
         """Make a preview the disk; returns the volumes that were dropped."""
-        return snapshot.commit_preview(self._context.token, self.home.domain, self.image, previewed)
+        return self._change(snapshot.commit_preview, previewed)
 
-    def delete_snapshot(self, taken: str) -> None:
-        """Merge what came after a snapshot into it, so that the disk stays and the snapshot is none any more.
+    def delete_snapshot(self, taken: str, *, by_renames: bool = False) -> str:
+        """Delete a snapshot, so that the disk stays; returns the volume that has its data now.
+
+        What came after it is merged into it.  *by_renames* makes a new volume
+        of both instead, which takes the name of the one above
+        (:func:`.merge_swap.merge_by_swap`).
 
         Raises: NotFound, Illegal.
         """
         group = self._group()
         if taken not in group.own():
-            raise NotFound(f"the disk has no volume {taken}", path=self.home.domain.name)
+            raise NotFound(f"the disk has no volume {printable(taken[:64])}", path=self.home.domain.name)
         above = group.children(taken)
         if len(above) != 1:
             raise Illegal(f"{len(above)} volumes stand on the snapshot {taken}", path=self.home.domain.name)
-        merge.merge(self._context.token, self.home.domain, self.image, above[0])
+        if by_renames:
+            return self._change(merge_swap.merge_by_swap, taken)
+        return self._change(merge.merge, above[0])
+
+    # Jobs on one volume, the leaf by default
+
+    def sparsify(self) -> int:
+        """Give back the space of zeros that its leaf stores; returns the bytes of zeros found."""
+        return self._job(volume_jobs.sparsify, None)
+
+    def reduce(self, volume_id: str | None = None) -> int:
+        """Reduce a volume on block storage to what it needs; returns its bytes."""
+        return self._job(volume_jobs.reduce_to_optimal, volume_id)
+
+    def amend(self, level: Literal["0.10", "1.1"], volume_id: str | None = None) -> None:
+        """Bring a COW volume to a level of its format."""
+        self._job(volume_jobs.amend, volume_id, level)
+
+    def bitmaps(self, volume_id: str | None = None) -> list[Bitmap]:
+        """Return the dirty bitmaps of a COW volume."""
+        with volume.open_image(self.home.domain, volume_id or self.leaf, backing=False) as image:
+            return image.bitmaps()
+
+    def add_bitmap(
+        self, name: str, volume_id: str | None = None, *, granularity: int | None = None, enabled: bool = True
+    ) -> None:
+        """Let changes be recorded in a new bitmap.  Raises: IllegalSpec below domain version 4."""
+        self._job(volume_jobs.add_bitmap, volume_id, name, granularity=granularity, enabled=enabled)
+
+    def remove_bitmap(self, name: str, volume_id: str | None = None) -> None:
+        """Delete a bitmap."""
+        self._job(volume_jobs.remove_bitmap, volume_id, name)
+
+    def clear_bitmap(self, name: str, volume_id: str | None = None) -> None:
+        """Forget what a bitmap has recorded."""
+        self._job(volume_jobs.clear_bitmap, volume_id, name)
 
     # Copies
-
-    def _room(self, target: EngineDomain, volumes: Sequence[str]) -> None:
-        target.require(sum(self.home.domain.usage_of(member) for member in volumes))
 
     def make_template(
         self, *, to: EngineDomain | None = None, description: str | None = None, progress: Progress = _silent
     ) -> Disk:
         """Make a template of what it reads as."""
-        target = to or self.home
-        self._room(target, self.chain)
-        made, _ = transfer.make_template(
-            self._context.token,
-            self.home.domain,
-            self.image,
-            target.domain,
-            ctime=self._context.now(),
-            description=description,
-            progress=progress,
+        target, now = to or self.home, self._context.now()
+        made, _ = self._copy(
+            transfer.make_template, target, self.chain, ctime=now, description=description, progress=progress
         )
         return Disk(self._context, target, made)
 
     def clone(self, *, to: EngineDomain | None = None, progress: Progress = _silent) -> Disk:
         """Make a disk of one volume that reads as this one."""
-        target = to or self.home
-        self._room(target, self.chain)
-        made, _ = transfer.collapse(
-            self._context.token,
-            self.home.domain,
-            self.image,
-            target.domain,
-            ctime=self._context.now(),
-            progress=progress,
-        )
+        target, now = to or self.home, self._context.now()
+        made, _ = self._copy(transfer.collapse, target, self.chain, ctime=now, progress=progress)
         return Disk(self._context, target, made)
 
     def copy(self, *, to: EngineDomain | None = None, progress: Progress = _silent) -> Disk:
         """Copy it with its snapshots; into another domain its UUIDs stay."""
-        target = to or self.home
-        self._room(target, self._group().own())
-        made = transfer.copy_image(
-            self._context.token,
-            self.home.domain,
-            self.image,
-            target.domain,
-            ctime=self._context.now(),
-            progress=progress,
-        )
+        target, now = to or self.home, self._context.now()
+        made = self._copy(transfer.copy_image, target, self._group().own(), ctime=now, progress=progress)
         return Disk(self._context, target, made)
 
     def move(self, to: EngineDomain, *, progress: Progress = _silent) -> Disk:
         """Move it to another domain."""
-        self._room(to, self._group().own())
-        exchange.move_image(
-            self._context.token,
-            self.home.domain,
-            self.image,
-            to.domain,
-            ctime=self._context.now(),
-            progress=progress,
-        )
+        self._copy(exchange.move_image, to, self._group().own(), ctime=self._context.now(), progress=progress)
         self.home = to
         return self
 
     def export(self, to: EngineDomain, *, progress: Progress = _silent) -> Disk:
         """Copy it to an export domain."""
-        self._room(to, self._group().own())
-        exchange.export_image(
-            self._context.token,
-            self.home.domain,
-            self.image,
-            to.domain,
-            ctime=self._context.now(),
-            progress=progress,
-        )
+        self._copy(exchange.export_image, to, self._group().own(), ctime=self._context.now(), progress=progress)
         return Disk(self._context, to, self.image)
+
+    def remove_exported(self) -> None:
+        """Remove it from its export domain; a template that disks there stand on becomes a fake one."""
+        self._change(exchange.remove_exported)
 
     def import_to(
         self, target: EngineDomain, *, new_ids: bool = False, flat: bool = False, progress: Progress = _silent
     ) -> Disk:
         """Copy it from its export domain into a data domain."""
-        self._room(target, self._group().own())
-        made = exchange.import_image(
-            self._context.token,
-            self.home.domain,
-            self.image,
-            target.domain,
-            ctime=self._context.now(),
-            new_ids=new_ids,
-            flat=flat,
-            progress=progress,
-        )
+        now, own = self._context.now(), self._group().own()
+        made = self._copy(exchange.import_image, target, own, ctime=now, new_ids=new_ids, flat=flat, progress=progress)
         return Disk(self._context, target, made)
 
     def download(self, sink: Writable, *, volume_id: str | None = None, progress: Progress = _silent) -> Received:

@@ -49,6 +49,11 @@ class Finding(NamedTuple):
     repair: Repair = "none"
     value: str = ""
 
+    def line(self) -> str:
+        """Say it in one line, with what would mend it."""
+        rule = "" if self.repair == "none" else f" ({self.repair} {self.value})".replace(" )", ")")
+        return f"{self.volume}: {self.text}{rule}"
+
 
 class ImageGroup(NamedTuple):
     """The volumes that an image uses, templates of others included."""

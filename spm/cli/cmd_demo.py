@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from storage_pool.cli.cmd_demo import present
 
 if TYPE_CHECKING:
-    from storage_pool.cli.output import Output
+    from storage_pool.cli.hosting import Session
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -25,8 +25,8 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace, output: Output) -> int:
+def _run(session: Session) -> int:
     from spm.cli.demo import hosts_demo
     from storage_pool.cli.demo import run_demo
 
-    return present(arguments, output, run_demo, hosts_demo)
+    return present(session, run_demo, hosts_demo)

@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from storage_pool.cli.hosting import plain
+
 if TYPE_CHECKING:
     from spm.host import HostReport
     from storage_pool.cli.output import Output
@@ -50,7 +52,7 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
         epilog=_RUN_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.set_defaults(run=_run)
+    run.set_defaults(run=plain(_run))
     run.add_argument("master", metavar="MASTER-DIRECTORY|UUID", help="the pool's master domain")
     run.add_argument("--host-id", type=int, required=True, metavar="N", help="1 to 2000, another for each host")
     run.add_argument("--contend", action="store_true", help="become the manager when there is none")
@@ -66,7 +68,7 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
 
     def add(verb: str, act: Callable[[argparse.Namespace, Output], int], text: str) -> argparse.ArgumentParser:
         parser = verbs.add_parser(verb, parents=[common], help=text, description=text)
-        parser.set_defaults(run=act)
+        parser.set_defaults(run=plain(act))
         parser.add_argument("--socket", required=True, metavar="PATH", help="of the running host")
         return parser
 

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from storage_pool.cli.output import Output
+from storage_pool.cli.hosting import Session
 
 if TYPE_CHECKING:
     from storage_pool.cli.demo import Result
@@ -28,14 +28,15 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace, output: Output) -> int:
+def _run(session: Session) -> int:
     from storage_pool.cli.demo import run_demo
 
-    return present(arguments, output, run_demo)
+    return present(session, run_demo)
 
 
-def present(arguments: argparse.Namespace, output: Output, *demos: Demo) -> int:
+def present(session: Session, *demos: Demo) -> int:
     """Run *demos* and print their steps as they end; returns 1 if one found a problem."""
+    output = session.out
 
     def tell(result: Result) -> None:
         if not output.as_json:
@@ -44,7 +45,7 @@ def present(arguments: argparse.Namespace, output: Output, *demos: Demo) -> int:
             output.line(f"{result.seconds:7.2f} s  {state}  {result.kind}: {result.step}: {said}")
             output.flush()
 
-    results = [result for demo in demos for result in demo(tell, arguments.directory)]
+    results = [result for demo in demos for result in demo(tell, session.args.directory)]
     problems = sum(result.problem is not None for result in results)
     seconds = round(sum(result.seconds for result in results), 3)
     if output.as_json:

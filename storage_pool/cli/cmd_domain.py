@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qcowlib.errors import Error
@@ -14,24 +14,23 @@ from qcowlib.units import human_size
 from storage_pool import activation, block_group, mounts
 from storage_pool.block_domain import BlockDomain
 from storage_pool.check import check_domain, mend
-from storage_pool.cli.hosting import make_lvm, now, open_domain, take_token
-from storage_pool.cli.output import Output
+from storage_pool.cli.hosting import DOMAIN, Session, Subject, now
 from storage_pool.dump import dump_block, dump_file
-from storage_pool.errors import Illegal, printable
+from storage_pool.errors import InvalidName, UnsupportedVersion, printable
 from storage_pool.file_domain import FileDomain, discover
+from storage_pool.handles import AnyDomain
 from storage_pool.ids import make_id
-from storage_pool.metadata_domain import BACKUP, BLOCK_TYPES, DATA, TYPES, VERSIONS
+from storage_pool.metadata_domain import BACKUP, BLOCK_TYPES, DATA, LATEST_VERSION, TYPES, VERSIONS
 from storage_pool.monitor import DomainMonitor, DomainStatus
 from storage_pool.process import SystemRunner
 from storage_pool.space import SpacePolicy, account
 from storage_pool.upgrade import upgrade
 
 if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    from storage_pool.cli.hosting import Subparsers
 
 __all__ = ["add_parsers"]
 
-Run = Callable[[argparse.Namespace, Output], int]
 _CHECK_TEXT = "check a whole domain; reads only unless told to mend"
 _CLASS_NAMES = {"data": DATA, "iso": "Iso", "export": BACKUP}
 
@@ -48,31 +47,55 @@ def _version(text: str) -> int:
 
 def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     """Add the subcommands of this subject."""
-    verbs = subjects.add_parser("domain", help="storage domains").add_subparsers(
-        dest="verb", required=True, metavar="VERB"
-    )
-
-    def add(verb: str, run: Run, text: str) -> argparse.ArgumentParser:
-        parser = verbs.add_parser(verb, parents=[common], help=text, description=text)
-        parser.set_defaults(run=run)
-        return parser
-
-    create = add("create", _create, "make a domain in a mounted directory or of devices")
+    subject = Subject(subjects, common, "domain", "storage domains")
+    add = subject.add
+    text = "make a domain in a mounted directory or of devices"
+    create = add("create", _create, text, domain=None, example="/mnt/data --name data")
     create.add_argument("place", nargs="+", metavar="DIRECTORY|DEVICE")
     create.add_argument("--type", choices=sorted(TYPES), default=None, help="LOCALFS or ISCSI by default")
     create.add_argument("--class", dest="domain_class", choices=sorted(_CLASS_NAMES), default="data")
-    create.add_argument("--version", type=_version, default=5, metavar="V1..V5")
+    create.add_argument("--version", type=_version, default=None, metavar="V1..V5", help="the newest by default")
     create.add_argument("--name", default="", help="description, at most 50 characters")
     create.add_argument("--remote-path", default=None, help="what is mounted there; the directory by default")
     create.add_argument("--block-size", type=int, choices=(512, 4096), default=512)
     create.add_argument("--force", action="store_true", help="take devices that hold something")
+    listing = add("list", _list, "list the domains in directories and on volume groups", domain=None, example="/mnt")
+    listing.add_argument("place", nargs="*", metavar="DIRECTORY")
+    text = "read from domains once and tell how long it took"
+    monitor = add("monitor", _monitor, text, domain=None, example="/mnt/data")
+    monitor.add_argument("place", nargs="+", metavar=DOMAIN)
+    for verb, run, text in (
+        ("show", _show, "show the keys of a domain and how full it is"),
+        ("dump", _dump, "print all that is known of a domain; reads only"),
+        ("destroy", _destroy, "remove a domain with everything in it"),
+    ):
+        add(verb, run, text, example="/mnt/data")
+    upgrade = add("upgrade", _upgrade, "convert a data domain in place", example="/mnt/data V5")
+    upgrade.add_argument("version", type=_version, metavar="V2..V5")
+    leftovers = add("leftovers", _leftovers, "list what interrupted operations left", example="/mnt/data --sweep")
+    leftovers.add_argument("--sweep", action="store_true", help="remove them")
+    _add_checking(add("check", _check, _CHECK_TEXT, example="/mnt/data --mend"))
+    whole = subjects.add_parser("check", parents=[common], help="check a whole domain", description=_CHECK_TEXT)
+    whole.set_defaults(run=_check)
+    whole.add_argument("domain", metavar=DOMAIN)
+    _add_checking(whole)
+    _add_device_verbs(subject)
+
+
+def _add_checking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mend", "--repair", action="store_true", help="mend what has a rule")
+    text = "another domain, to which a move was cut; those beside the directory are found"
+    parser.add_argument("--other", action="append", default=[], metavar=DOMAIN, help=text)
+
+
+def _add_device_verbs(subject: Subject) -> None:
+    add = subject.add
     for verb, run, text in (
         ("extend", _extend, "add devices to a volume group"),
         ("reduce", _reduce, "take an empty device out of a volume group"),
         ("resize", _resize, "let a volume group see that a device has grown"),
     ):
-        parser = add(verb, run, text)
-        parser.add_argument("domain", metavar="UUID")
+        parser = add(verb, run, text, domain="UUID", example="$DOMAIN /dev/mapper/lun1")
         parser.add_argument("place", nargs="+" if verb == "extend" else 1, metavar="DEVICE")
         if verb == "extend":
             parser.add_argument("--force", action="store_true", help="take devices that hold something")
@@ -80,134 +103,107 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
         ("mount", _mount, "mount the storage of file domains where hosts look for it"),
         ("unmount", _unmount, "unmount it"),
     ):
-        parser = add(verb, run, text)
+        parser = add(verb, run, text, domain=None, example="server:/export")
         parser.add_argument("remote", metavar="REMOTE", help="such as host:/path, a device or a directory")
         parser.add_argument("--type", choices=("NFS", "POSIXFS", "GLUSTERFS", "LOCALFS"), default="NFS")
         parser.add_argument("--root", default="/rhev/data-center", metavar="DIRECTORY")
         if verb == "mount":
             parser.add_argument("--file-system", default=None, metavar="NAME", help="of POSIXFS")
             parser.add_argument("--option", action="append", default=[], help="for mount; may be repeated")
-    add("deactivate", _deactivate, "deactivate logical volumes that nobody on this host has open").add_argument(
-        "domain", metavar="UUID"
-    )
-    add("monitor", _monitor, "read from domains once and tell how long it took").add_argument(
-        "place", nargs="+", metavar="DIRECTORY|UUID"
-    )
-    listing = add("list", _list, "list the domains in directories and on volume groups")
-    listing.add_argument("place", nargs="*", metavar="DIRECTORY")
-    whole = subjects.add_parser("check", parents=[common], help="check a whole domain", description=_CHECK_TEXT)
-    whole.set_defaults(run=_check)
-    whole.add_argument("domain", metavar="DIRECTORY|UUID")
-    whole.add_argument("--mend", action="store_true", help="mend what has a rule")
-    for verb, run, text in (
-        ("show", _show, "show the keys of a domain and how full it is"),
-        ("dump", _dump, "print all that is known of a domain; reads only"),
-        ("check", _check, _CHECK_TEXT),
-        ("upgrade", _upgrade, "convert a data domain in place"),
-        ("leftovers", _leftovers, "list what interrupted operations left"),
-        ("destroy", _destroy, "remove a domain with everything in it"),
-    ):
-        parser = add(verb, run, text)
-        parser.add_argument("domain", metavar="DIRECTORY|UUID")
-        if verb == "check":
-            parser.add_argument("--mend", action="store_true", help="mend what has a rule")
-        if verb == "upgrade":
-            parser.add_argument("version", type=_version, metavar="V2..V5")
-        if verb == "leftovers":
-            parser.add_argument("--sweep", action="store_true", help="remove them")
+    text = "deactivate logical volumes that nobody on this host has open"
+    add("deactivate", _deactivate, text, domain="UUID", example="$DOMAIN")
 
 
-def _create(arguments: argparse.Namespace, output: Output) -> int:
+def _create(session: Session) -> int:
+    arguments = session.args
     uuid = make_id()
     kind = arguments.type or ("ISCSI" if arguments.place[0].startswith("/dev/") else "LOCALFS")
-    with take_token(arguments) as token:
-        if kind in BLOCK_TYPES:
-            runner = SystemRunner()
-            with block_group.create_block_domain(
-                token,
-                make_lvm(arguments),
-                runner,
-                uuid,
-                arguments.place,
-                version=arguments.version,
-                storage_type=kind,
-                description=arguments.name,
-                ctime=now(),
-                force=arguments.force,
-            ) as made:
-                return _print_created(output, made.uuid, made.name)
-        directory = arguments.place[0]
-        with FileDomain.create(
-            token,
+    domain_class = _CLASS_NAMES[arguments.domain_class]
+    version = arguments.version
+    if version is None:
+        version = LATEST_VERSION if domain_class == DATA else 0
+    made: AnyDomain
+    if kind in BLOCK_TYPES:
+        if domain_class != DATA:
+            raise UnsupportedVersion("ISO and export domains are directories")
+        made = session.change(
+            block_group.create_block_domain,
+            session.lvm,
+            SystemRunner(),
+            uuid,
+            arguments.place,
+            version=version,
+            storage_type=kind,
+            description=arguments.name,
+            ctime=now(),
+            force=arguments.force,
+        )
+    else:
+        (directory, *more) = arguments.place
+        if more:
+            raise InvalidName("a domain in a directory has one place", path=more[0])
+        made = session.change(
+            FileDomain.create,
             directory,
             uuid,
-            version=arguments.version,
+            version=version,
             storage_type=kind,
-            domain_class=_CLASS_NAMES[arguments.domain_class],
+            domain_class=domain_class,
             description=arguments.name,
             remote_path=arguments.remote_path or directory,
             block_size=arguments.block_size,
             ctime=now(),
-        ) as file_domain:
-            return _print_created(output, file_domain.uuid, file_domain.name)
-
-
-def _print_created(output: Output, uuid: str, name: str) -> int:
-    if output.as_json:
-        output.document({"path": name, "uuid": uuid})
-    else:
-        output.line(f"created domain {uuid} in {name}" if name != uuid else f"created domain {uuid}")
+        )
+    name = session.keep(made).name
+    if session.out.as_json:
+        return session.answer(path=name, uuid=made.uuid)
+    session.out.line(f"created domain {made.uuid} in {name}" if name != made.uuid else f"created domain {made.uuid}")
     return 0
 
 
-def _summary(domain: FileDomain | BlockDomain) -> dict[str, object]:
+def _summary(domain: AnyDomain) -> dict[str, object]:
     total, free = domain.capacity()
     return {**domain.metadata.info(), "path": domain.name, "total": total, "free": free}
 
 
-def _list(arguments: argparse.Namespace, output: Output) -> int:
+def _list(session: Session) -> int:
     found: list[dict[str, object]] = []
     status = 0
-    names = [path for place in arguments.place for path in discover(place)]
-    if arguments.device or not arguments.place:
-        names += BlockDomain.discover(make_lvm(arguments))
+    names = [path for place in session.args.place for path in discover(place)]
+    if session.args.device or not session.args.place:
+        names += BlockDomain.discover(session.lvm)
     for name in names:
         try:
-            with open_domain(arguments, name) as domain:
-                found.append(_summary(domain))
+            found.append(_summary(session.domain(name)))
         except Error as error:
             # One bad domain must not hide the others.
             found.append({"path": name, "error": str(error)})
             status = 1
-    if output.as_json:
-        output.document(found)
-        return status
     columns = ("version", "type", "class", "role")
     rows = [
         [row.get("uuid", row["path"]), *(row.get(key, "-") for key in columns), row.get("name", row.get("error", ""))]
         for row in found
     ]
-    output.table(("UUID", "VERSION", "TYPE", "CLASS", "ROLE", "NAME"), rows)
+    session.table(found, ("uuid", *columns, "name"), rows)
     return status
 
 
-def _show(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain:
-        summary = _summary(domain)
-        warnings = domain.warnings() if isinstance(domain, BlockDomain) else []
-        count = sum(1 for entry in domain.entries().values() if not entry.removed)
-        figures = account(domain)
+def _show(session: Session) -> int:
+    domain = session.domain()
+    summary = _summary(domain)
+    warnings = domain.warnings() if isinstance(domain, BlockDomain) else []
+    figures = account(domain)
     warnings += SpacePolicy().warnings(figures)
+    count = sum(1 for entry in domain.entries().values() if not entry.removed)
     summary.update(figures._asdict(), over_commit_percent=figures.over_commit_percent)
     summary.update(volumes=count, warnings=warnings)
-    if output.as_json:
-        output.document(summary)
-        return 0
+    if session.out.as_json:
+        return session.answer(**summary)
     for key in figures._fields:
         summary[key] = human_size(int(str(summary[key])))
-    output.fields([(key, _plain(value)) for key, value in summary.items() if key != "warnings"])
+    session.out.fields([(key, _plain(value)) for key, value in summary.items() if key != "warnings"])
     for warning in warnings:
-        output.line(f"warning: {warning}")
+        session.out.line(f"warning: {warning}")
     return 0
 
 
@@ -215,108 +211,80 @@ def _plain(value: object) -> object:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _dump(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain:
-        document = dump_block(domain) if isinstance(domain, BlockDomain) else dump_file(domain)
-    if output.as_json:
-        output.document(document)
+def _dump(session: Session) -> int:
+    domain = session.domain()
+    document = dump_block(domain) if isinstance(domain, BlockDomain) else dump_file(domain)
+    if session.out.as_json:
+        session.out.document(document)
     else:
-        _print_dump(document, output)
+        _print_dump(session, document)
     return 0
 
 
-def _print_dump(document: Mapping[str, object], output: Output) -> None:
+def _print_dump(session: Session, document: Mapping[str, object]) -> None:
     info = document["info"]
     if isinstance(info, dict):
-        output.fields([(key, _plain(value)) for key, value in info.items()])
+        session.out.fields([(key, _plain(value)) for key, value in info.items()])
     volumes = document.get("volumes")
     if isinstance(volumes, dict):
         columns = ("image", "parent", "format", "type", "voltype", "legality", "capacity", "status")
         rows = [[volume, *(told.get(key, "-") for key in columns)] for volume, told in sorted(volumes.items())]
-        output.table(("VOLUME", *(key.upper() for key in columns)), rows)
+        session.out.table(("VOLUME", *(key.upper() for key in columns)), rows)
     problems = document.get("problems")
     if isinstance(problems, dict):
         for name, texts in problems.items():
-            output.line(f"problem: {name}: {'; '.join(texts)}")
+            session.out.line(f"problem: {name}: {'; '.join(texts)}")
 
 
-def _leftovers(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain:
-        found = domain.leftovers()
-        if output.as_json:
-            output.document([leftover._asdict() for leftover in found])
-        else:
-            output.table(("KIND", "NAME", "WHY"), found)
-        if arguments.sweep and found:
-            with take_token(arguments) as token:
-                domain.sweep(token, found)
-            return 0
+def _leftovers(session: Session) -> int:
+    domain = session.locked() if session.args.sweep else session.domain()
+    found = domain.leftovers()
+    session.table([leftover._asdict() for leftover in found], ("kind", "name", "why"), found)
+    if session.args.sweep:
+        session.change(domain.sweep, found)
+        return 0
     return 3 if found else 0
 
 
-def _check(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain:
-        if arguments.mend:
-            with take_token(arguments) as token:
-                report = mend(token, domain)
-        else:
-            report = check_domain(domain)
-    if output.as_json:
-        document = report._asdict()
-        document["findings"] = [finding._asdict() for finding in report.findings]
-        document["leftovers"] = [leftover._asdict() for leftover in report.leftovers]
-        output.document(document)
+def _check(session: Session) -> int:
+    domain = session.domain()
+    report = session.change(mend, domain, find=session.find) if session.args.mend else check_domain(domain)
+    if session.out.as_json:
+        session.out.document(report.to_dict())
     else:
-        output.line(f"{report.images} images, {report.volumes} volumes")
-        for finding in report.findings:
-            rule = "" if finding.repair == "none" else f" ({finding.repair} {finding.value})".replace(" )", ")")
-            output.line(f"{finding.volume}: {finding.text}{rule}")
-        for leftover in report.leftovers:
-            output.line(f"{leftover.name}: {leftover.kind}, {leftover.why}")
-        for name, note in report.unfinished.items():
-            output.line(f"{name}: {note} was cut")
-        for name in report.unmapped:
-            output.line(f"{name}: a device that the keys of the domain do not name")
+        for line in report.lines():
+            session.out.line(line)
     return 0 if report.clean else 3
 
 
-def _upgrade(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
-        report = upgrade(token, domain, arguments.version, ctime=now())
-        version = domain.metadata.version
-    if output.as_json:
-        output.document({"problems": report, "version": version})
+def _upgrade(session: Session) -> int:
+    domain = session.domain()
+    report = session.change(upgrade, domain, session.args.version, ctime=now())
+    if session.out.as_json:
+        session.answer(problems=report, version=domain.metadata.version)
     else:
         for line in report:
-            output.line(line)
+            session.out.line(line)
     return 3 if report else 0
 
 
-def _group(domain: FileDomain | BlockDomain) -> BlockDomain:
-    if not isinstance(domain, BlockDomain):
-        raise Illegal("a domain in a directory has no devices", path=domain.name)
-    return domain
-
-
-def _extend(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
-        block_group.extend_block_domain(token, _group(domain), arguments.place, force=arguments.force)
+def _extend(session: Session) -> int:
+    session.change(block_group.extend_block_domain, session.group(), session.args.place, force=session.args.force)
     return 0
 
 
-def _reduce(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
-        block_group.reduce_block_domain(token, _group(domain), arguments.place[0])
+def _reduce(session: Session) -> int:
+    session.change(block_group.reduce_block_domain, session.group(), session.args.place[0])
     return 0
 
 
-def _resize(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
-        block_group.resize_device(token, _group(domain), arguments.place[0])
+def _resize(session: Session) -> int:
+    session.change(block_group.resize_device, session.group(), session.args.place[0])
     return 0
 
 
-def _mount(arguments: argparse.Namespace, output: Output) -> int:
+def _mount(session: Session) -> int:
+    arguments = session.args
     target = mounts.mount(
         SystemRunner(),
         arguments.root,
@@ -325,62 +293,55 @@ def _mount(arguments: argparse.Namespace, output: Output) -> int:
         file_system=arguments.file_system,
         options=arguments.option,
     )
-    if output.as_json:
-        output.document({"path": target})
-    else:
-        output.line(target)
+    if session.out.as_json:
+        return session.answer(path=target)
+    session.out.line(target)
     return 0
 
 
-def _unmount(arguments: argparse.Namespace, output: Output) -> int:
-    mounts.unmount(SystemRunner(), arguments.root, arguments.type, arguments.remote)
+def _unmount(session: Session) -> int:
+    mounts.unmount(SystemRunner(), session.args.root, session.args.type, session.args.remote)
     return 0
 
 
-def _deactivate(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain:
-        left = activation.deactivate_unused(_group(domain))
-    if output.as_json:
-        output.document({"in_use": left})
-    else:
-        for name in left:
-            output.line(f"{name}: in use, still active")
+def _deactivate(session: Session) -> int:
+    left = activation.deactivate_unused(session.group())
+    if session.out.as_json:
+        return session.answer(in_use=left)
+    for name in left:
+        session.out.line(f"{name}: in use, still active")
     return 0
 
 
-def _check_once(domain: FileDomain | BlockDomain) -> DomainStatus:
+def _check_once(domain: AnyDomain) -> DomainStatus:
     return DomainMonitor(domain.uuid, lambda: domain, time.monotonic).check()
 
 
-def _monitor(arguments: argparse.Namespace, output: Output) -> int:
+def _monitor(session: Session) -> int:
     found = []
-    for name in arguments.place:
+    for name in session.args.place:
         try:
-            with open_domain(arguments, name) as domain:
-                status = _check_once(domain)
+            status = _check_once(session.domain(name))
         except Error as error:
             status = DomainStatus(name, valid=False, error=str(error))
         found.append(status)
-    if output.as_json:
-        output.document(
-            [{"uuid": one.uuid, "valid": one.valid, "delay": one.delay_s, "error": one.error} for one in found]
-        )
-    else:
-        rows = [
-            [one.uuid, "valid" if one.valid else "lost", "-" if one.delay_s is None else f"{one.delay_s * 1000:.1f} ms"]
-            for one in found
-        ]
-        output.table(("DOMAIN", "STATE", "READ DELAY"), rows)
+    document = [{"uuid": one.uuid, "valid": one.valid, "delay": one.delay_s, "error": one.error} for one in found]
+    rows = [
+        [one.uuid, "valid" if one.valid else "lost", "-" if one.delay_s is None else f"{one.delay_s * 1000:.1f} ms"]
+        for one in found
+    ]
+    session.table(document, ("domain", "state", "read delay"), rows)
+    if not session.out.as_json:
         for one in found:
             if one.error:
-                output.line(f"{one.uuid}: {one.error}")
+                session.out.line(f"{one.uuid}: {one.error}")
     return 0 if all(one.valid for one in found) else 3
 
 
-def _destroy(arguments: argparse.Namespace, output: Output) -> int:
-    with open_domain(arguments, arguments.domain) as domain, take_token(arguments) as token:
-        if isinstance(domain, BlockDomain):
-            block_group.destroy_block_domain(token, domain)
-        else:
-            domain.destroy(token)
+def _destroy(session: Session) -> int:
+    domain = session.domain()
+    if isinstance(domain, BlockDomain):
+        session.change(block_group.destroy_block_domain, domain)
+    else:
+        session.change(domain.destroy)
     return 0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from qcowlib.errors import Error
 from storage_pool.cli import cmd_demo, cmd_disk, cmd_domain, cmd_exchange, cmd_pool
+from storage_pool.cli.hosting import Session
 from storage_pool.cli.output import Output
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def main(
     arguments.held, arguments.runner = token, runner
     output = Output(arguments.output == "json")
     try:
-        status: int = arguments.run(arguments, output)
+        with Session(arguments, output) as session:
+            status: int = arguments.run(session)
         output.flush()
     except BrokenPipeError:
         return 1

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The qcowlib authors
 # SPDX-License-Identifier: Apache-2.0
-"""The last part of the demo: three hosts, with daemons or in the simulator, and what it says when something is wrong."""
+"""The last part of the demo: three hosts, with daemons or in the simulator, and what it says when all is not well."""
 
 import shutil
 

@@ -220,6 +220,59 @@ def test_everything_that_was_cut_is_ended(engine, tmp_path):
         assert get(disks[moving.image]) == get(disks[merging.image]) == b"hello"
 
 
+def test_a_move_that_was_cut_is_ended_by_mending_the_domain_it_left(engine):
+    one, other = engine.create_domain("one"), engine.create_domain("other")
+    disk = one.create_disk(MIB)
+    put(disk, b"hello")
+    real, one.domain = one.domain, KillingDomain(one.domain, 1)
+    with pytest.raises(Killed):
+        disk.move(other)
+    one.domain = real
+    one.refresh()
+    assert list(one.check().unfinished.values()) == [f"move:{other.uuid}"]
+    assert one.mend().clean and other.mend().clean
+    (disk,) = one.disks() + other.disks()
+    assert get(disk) == b"hello"
+    # To a domain that is away a move can neither be ended nor be taken back.
+    engine._context.change(disk.home.domain.set_note, disk.leaf, f"move:{make_id()}")
+    assert list(disk.home.mend().unfinished) == [disk.leaf] and get(disk) == b"hello"
+
+
+def test_jobs_on_volumes_keep_what_a_disk_reads(engine):
+    data = engine.create_domain("data")
+    disk = data.create_disk(8 * MIB)
+    put(disk, b"\0" * MIB + b"hello")
+    disk.add_bitmap("backup", granularity=65536)
+    assert [(one.name, one.granularity, one.enabled) for one in disk.bitmaps()] == [("backup", 65536, True)]
+    put(disk, b"later", 2 * MIB)
+    disk.clear_bitmap("backup")
+    disk.remove_bitmap("backup")
+    assert disk.bitmaps() == [] and disk.sparsify() == MIB
+    disk.amend("0.10")
+    disk.amend("1.1")
+    assert disk.reduce() > 0
+    taken = disk.snapshot()
+    put(disk, b"after")
+    leaf = disk.leaf
+    assert disk.delete_snapshot(taken, by_renames=True) == leaf and disk.chain == [leaf]
+    assert get(disk) == b"after" and get(disk, MIB) == b"hello" and get(disk, 2 * MIB) == b"later"
+    with pytest.raises(NotFound):
+        disk.amend("1.1", make_id())
+    assert data.check().clean
+
+
+def test_what_another_process_changed_before_our_first_change_is_seen(tmp_path):
+    with storage_pool.connect(tmp_path) as first:
+        data = first.create_domain("data")
+    with storage_pool.connect(tmp_path) as slow:
+        (seen,) = slow.domains()
+        assert seen.disks() == []
+        with storage_pool.connect(tmp_path) as quick:
+            made = quick.domain(data.uuid).create_disk(MIB)
+        disk = seen.create_disk(MIB)
+        assert {one.image for one in seen.disks()} == {made.image, disk.image}
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".x", "x\n"])
 def test_a_name_that_is_no_directory_is_refused(engine, name):
     with pytest.raises(InvalidName):

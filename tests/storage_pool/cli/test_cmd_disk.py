@@ -93,3 +93,22 @@ def test_a_template_is_listed_with_its_disks_and_cloned(qpool, mount):
     assert set(qpool("image", "show", mount, thin["image"])["volumes"]) == {thin["volume"], template["volume"]}
     assert set(qpool("image", "show", mount, clone["image"])["volumes"]) == {clone["volume"]}
     assert "not a valid image UUID" in qpool("template", "thin", mount, "x", status=1)
+
+
+def test_jobs_on_one_volume(answer, place):
+    data = place()
+    made = answer("volume", "create", data, "8M")
+    name = made["volume"]
+    assert answer("volume", "bitmap-add", data, name, "backup", "--granularity", 65536)["generation"] == 1
+    assert answer("volume", "bitmaps", data, name) == [
+        {"name": "backup", "granularity": 65536, "enabled": True, "inconsistent": False}
+    ]
+    assert "generation" in answer("volume", "bitmap-clear", data, name, "backup", "--expect", 0, status=1)
+    assert answer("volume", "bitmap-clear", data, name, "backup", "--expect", 1)["generation"] == 2
+    answer("volume", "bitmap-remove", data, name, "backup")
+    assert answer("volume", "amend", data, name, "0.10")["generation"] == 4
+    assert answer("volume", "sparsify", data, name)["zeros"] == 0
+    assert answer("volume", "reduce", data, name)["size"] > 0
+    assert answer("volume", "check", data, name)["findings"] == []
+    taken = answer("snapshot", "create", data, made["image"], "--new-bitmap", "next", status=0)
+    assert [one["name"] for one in answer("volume", "bitmaps", data, taken["leaf"])] == ["next"]

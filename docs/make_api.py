@@ -95,6 +95,7 @@ SECTIONS = (
         "The jobs of `qcowlib` are here too, each as an awaitable that runs in one thread of the loop's executor.",
         {"aio.py": ()},
     ),
+    Section("fsspec", "In `qcowlib.fs`, with the extra `fsspec`.", {"fs.py": ()}),
     Section(
         "Storage",
         "",

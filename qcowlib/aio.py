@@ -319,8 +319,10 @@ if TYPE_CHECKING:
     dd = _in_thread(api.dd)
     diff = _in_thread(api.diff)
     diff_overlay = _in_thread(api.diff_overlay)
+    diff_seals = _in_thread(api.diff_seals)
     finish_set = _in_thread(api.finish_set)
     flatten = _in_thread(api.flatten)
+    heal = _in_thread(api.heal)
     inspect = _in_thread(api.inspect)
     measure = _in_thread(api.measure)
     measure_backup = _in_thread(api.measure_backup)
@@ -328,7 +330,9 @@ if TYPE_CHECKING:
     rebase = _in_thread(api.rebase)
     restore = _in_thread(api.restore)
     restore_set = _in_thread(api.restore_set)
+    seal = _in_thread(api.seal)
     survey = _in_thread(api.survey)
+    verify = _in_thread(api.verify)
     write_diff = _in_thread(api.write_diff)
 
 _NO_JOBS = {"deny_all", "directories", "images_in", "many", "open", "qemu_like", "same_directory"}

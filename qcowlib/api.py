@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.many import Outcome, create_overlays, images_in, many
     from qcowlib.jobs.measure import Measurement, measure
     from qcowlib.jobs.rebase import flatten, rebase
+    from qcowlib.jobs.seal import Damage, Sealed, Verified, diff_seals, heal, seal, verify
     from qcowlib.nbd.export import Export
     from qcowlib.nbd.server import NbdServer, serve
     from qcowlib.picture.panels import Panel, Picture
@@ -43,6 +44,7 @@ __all__ = [
     "ChainTree",
     "Change",
     "Comparison",
+    "Damage",
     "DiskBackup",
     "DiskRestore",
     "Export",
@@ -57,7 +59,9 @@ __all__ = [
     "Panel",
     "Picture",
     "Report",
+    "Sealed",
     "Snapshot",
+    "Verified",
     "apply",
     "backup",
     "backup_set",
@@ -71,9 +75,11 @@ __all__ = [
     "deny_all",
     "diff",
     "diff_overlay",
+    "diff_seals",
     "directories",
     "finish_set",
     "flatten",
+    "heal",
     "images_in",
     "inspect",
     "many",
@@ -86,8 +92,10 @@ __all__ = [
     "restore",
     "restore_set",
     "same_directory",
+    "seal",
     "serve",
     "survey",
+    "verify",
     "write_diff",
 ]
 
@@ -98,6 +106,7 @@ _LATER = {
     "ChainTree": "picture.tree",
     "Change": "jobs.diff",
     "Comparison": "jobs.compare",
+    "Damage": "jobs.seal",
     "DiskBackup": "jobs.backup_set",
     "DiskRestore": "jobs.backup_set",
     "Export": "nbd.export",
@@ -111,7 +120,9 @@ _LATER = {
     "Panel": "picture.panels",
     "Picture": "picture.panels",
     "Report": "qcow2.check",
+    "Sealed": "jobs.seal",
     "Snapshot": "driver",
+    "Verified": "jobs.seal",
     "apply": "jobs.diff_stream",
     "backup": "jobs.backup",
     "backup_set": "jobs.backup_set",
@@ -124,8 +135,10 @@ _LATER = {
     "dd": "jobs.dd",
     "diff": "jobs.diff",
     "diff_overlay": "jobs.diff",
+    "diff_seals": "jobs.seal",
     "finish_set": "jobs.backup_set",
     "flatten": "jobs.rebase",
+    "heal": "jobs.seal",
     "images_in": "jobs.many",
     "inspect": "inspection",
     "many": "jobs.many",
@@ -136,7 +149,9 @@ _LATER = {
     "restore": "jobs.backup",
     "restore_set": "jobs.backup_set",
     "serve": "nbd.server",
+    "seal": "jobs.seal",
     "survey": "picture.survey",
+    "verify": "jobs.seal",
     "write_diff": "jobs.diff_stream",
 }
 

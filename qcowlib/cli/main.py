@@ -56,7 +56,9 @@ COMMANDS = (
     "resize",
     "restore",
     "serve",
+    "seal",
     "snapshot",
+    "verify",
 )
 
 INTERRUPTED = 130

@@ -252,3 +252,25 @@ def test_set_of_disks_is_backed_up_by_one_line(qcow: Any, tmp_path: Path) -> Non
     for text in ("{}", "[1]", '[{"x": "y"}]', '[{"source": 1}]', "["):
         (tmp_path / "set").write_text(text)
         assert qcow("backup-set", "j", "set").status == 1
+
+
+def test_sealed_disks_are_verified_and_mended(qcow: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        qcow("create", "-q", "-f", "qcow2", name, "1M")
+        with qcowlib.open(tmp_path / name, "r+") as image:
+            image.pwrite(b"x" * 100, 0)
+    assert "digest: " in qcow("seal", "a").out
+    assert json.loads(qcow("seal", "--output=json", "--sign", "test -s", "b").out)["hashes"] == 1
+    assert qcow("verify", "a").out == "The disk is as it was sealed.\n"
+    assert qcow("verify", "-j", "2", ".").out.endswith("2 images: 2 as sealed\n")
+    with qcowlib.open(tmp_path / "a", "r+") as image:
+        image.pwrite(b"y", 50)
+    outcome = qcow("verify", "a")
+    assert (outcome.status, outcome.out) == (2, "0x0 0x10000 changed\n")
+    outcome = qcow("verify", "a", "b", "--output=json")
+    kinds = [json.loads(line).get("result") for line in outcome.out.splitlines()]
+    assert outcome.status == 2 and kinds == ["damaged", "as sealed", None]
+    assert qcow("verify", "--from", "b", "a").out == "64 KiB mended\nThe disk is as it was sealed.\n"
+    assert qcow("verify", "--check", "false", "a").err == "qcow: 'false' ended with status 1\n"
+    assert qcow("verify", "--seal", "x", "a", "b").status == 1
+    assert "to read" in qcow("seal", "--plan", "a").out

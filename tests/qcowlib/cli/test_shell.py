@@ -89,6 +89,7 @@ def stage(qcow: Any) -> Any:
         assert qcow(*line.split()).status == 0, line
     assert qcow("create", "-q", "-f", "qcow2", "old.qcow2", "4M").status == 0
     assert qcow("diff", "-q", "--stream", "changes.diff", "old.qcow2", "disk.qcow2").status == 0
+    assert qcow("seal", "-q", "disk.qcow2").status == 0
     return qcow
 
 

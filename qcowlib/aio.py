@@ -184,10 +184,11 @@ class Image(OpenImage):
         self._check_open()
         return await self._chain.bitmaps()
 
-    async def bitmap_extents(self, name: str) -> AsyncIterator[tuple[int, int]]:
-        """Yield ``(offset, length)`` of the guest ranges that bitmap *name* has recorded."""
+    async def bitmap_extents(self, name: str, offset: int = 0) -> AsyncIterator[tuple[int, int]]:
+        """Yield ``(offset, length)`` of the guest ranges that bitmap *name* has recorded; see the plain call."""
         self._check_open()
-        ranges = await self._chain.bitmap_ranges(name)
+        check_range(offset, 0, self.size, self.path)
+        ranges = await self._chain.bitmap_ranges(name, offset)
         while batch := await self._chain.runtime.io(lambda: list(itertools.islice(ranges, _BATCH))):
             for pair in batch:
                 yield pair
@@ -335,7 +336,7 @@ if TYPE_CHECKING:
     verify = _in_thread(api.verify)
     write_diff = _in_thread(api.write_diff)
 
-_NO_JOBS = {"deny_all", "directories", "images_in", "many", "open", "qemu_like", "same_directory"}
+_NO_JOBS = {"deny_all", "directories", "images_in", "many", "open", "qemu_like", "same_directory", "serve"}
 _JOBS = {name for name in api.__all__ if name.islower()} - _NO_JOBS
 
 

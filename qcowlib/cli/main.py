@@ -55,8 +55,8 @@ COMMANDS = (
     "rebase",
     "resize",
     "restore",
-    "serve",
     "seal",
+    "serve",
     "snapshot",
     "verify",
 )

@@ -8,6 +8,7 @@ peer is a whole command.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -63,6 +64,9 @@ def overlay(bench_dir: Path, chain: list[Path], scale: Scale) -> Path:
 def _copy(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     shutil.copyfile(source, target)
+    # Or the first barrier of the job would have to write out the copy.
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 @BOTH

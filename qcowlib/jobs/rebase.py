@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["flatten", "rebase"]
 
+_MOST_PIECES = 512
+
 
 def rebase(
     path: str | bytes | os.PathLike[str],
@@ -192,24 +194,47 @@ def _copy(image: Image, new: Image | None, control: Control) -> None:
     half = BUFFER // 2
     zeros = memoryview(bytes(half))
 
-    def work(piece: _Piece, buffer: memoryview, turn: Turn) -> int:
-        views = [zeros[: piece.length]] * 2
-        for number, part in enumerate((piece.old, piece.new)):
-            if part is not None:
-                views[number] = buffer[number * half : number * half + piece.length]
-                _read(part, views[number], number == 0)
-        with turn:
+    def differing(pieces: list[_Piece], buffer: memoryview) -> Iterator[tuple[_Piece, int, memoryview]]:
+        used = 0
+        for piece in pieces:
+            views = [zeros[: piece.length]] * 2
+            for number, part in enumerate((piece.old, piece.new)):
+                if part is not None:
+                    views[number] = buffer[number * half + used : number * half + used + piece.length]
+                    _read(part, views[number], number == 0)
+            used += piece.length
             for start, end in _differing(views[0], views[1], piece.start, unit):
-                at = piece.start + start
+                yield piece, piece.start + start, views[0][start:end]
+
+    def work(pieces: list[_Piece], buffer: memoryview, turn: Turn) -> int:
+        found = list(differing(pieces, buffer))
+        with turn:
+            data: list[tuple[int, memoryview]] = []
+            for piece, at, view in found:
                 # Zeros must be stored: what reads as zeros now need not on the new backing file.
-                if piece.old is None and zero_unit and not (at | (end - start)) % zero_unit:
-                    image.zero(end - start, at)
+                if piece.old is None and zero_unit and not (at | len(view)) % zero_unit:
+                    image.zero(len(view), at)
                 else:
-                    image.pwrite(views[0][start:end], at)
-        return piece.length
+                    data.append((at, view))
+            image.pwrite_many(data)
+        return sum(piece.length for piece in pieces)
 
     control.begin(image.size)
-    run(_pieces(image, new, half), work, control, buffer_size=2 * half, amount=image.size)
+    run(_units(_pieces(image, new, half), half), work, control, buffer_size=2 * half, amount=image.size)
+
+
+def _units(pieces: Iterator[_Piece], most: int) -> Iterator[list[_Piece]]:
+    """Join *pieces* into units of at most *most* bytes: scattered clusters are written by few calls."""
+    unit: list[_Piece] = []
+    held = 0
+    for piece in pieces:
+        if unit and (held + piece.length > most or len(unit) >= _MOST_PIECES):
+            yield unit
+            unit, held = [], 0
+        unit.append(piece)
+        held += piece.length
+    if unit:
+        yield unit
 
 
 def _read(part: Part, view: memoryview, old: bool) -> None:

@@ -15,14 +15,14 @@ What a FAKE template holds is never read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import qcowlib
 from qcowlib.errors import UnsupportedFeature
 from qcowlib.ondisk.header import Header
 from qcowlib.qcow2.check import check
-from qcowlib.qcow2.create import create
 from qcowlib.units import round_up
 
 from . import metadata_volume as mv
@@ -37,13 +37,15 @@ from .sizes import PAGE, optimal_cow_size
 from .stream import PIECE, Progress, Readable, Received, Writable, read_piece, receive, send
 from .transfer import collapse, copy_image, recover_copies
 from .volume import (
+    IMAGE_FORMATS,
     VolumeSpec,
     children_of,
     create_volume,
-    image_options,
+    format_volume,
     open_image,
     operation,
     remove_volumes,
+    set_parent_name,
     update_volume,
 )
 
@@ -85,14 +87,12 @@ def move_image(
     if source.uuid == target.uuid:
         raise Illegal("source and target are one domain", path=source.name)
     group = ImageGroup.load(source, image)
-    if len(group.leaves()) != 1:
-        raise Illegal(f"the image {image} is previewed", path=source.name, hint="Commit or undo the preview first.")
+    leaf = group.leaf()
     for volume in group.own():
         users = set(group.entries[volume].images) - {image}
         if users:
             raise Illegal(f"the template {volume} is used by {len(users)} disks", path=source.name)
     _refuse_present(target, image)
-    leaf = group.leaf()
     source.set_note(token, leaf, f"{_NOTE}{target.uuid}")
     try:
         copy_image(token, source, image, target, ctime=ctime, progress=_told(token, progress))
@@ -204,16 +204,15 @@ def _make_fake(token: SpmToken, export: Domain, volume: str, real: mv.VolumeMeta
 
 
 def _fill(token: SpmToken, source: Domain, volume: str, export: Domain, progress: Progress) -> None:
-    """Give a fake template its data and its own description.
+    """Give a fake template its data, its format and its own description.
 
     The links of the disks that stand on it stay.  Until the last byte is
     there it is ILLEGAL; an error makes it fake again.
     """
     real = source.record(volume)
-    record = export.record(volume)
     try:
-        with operation(token, export, volume):
-            _empty(export, volume, record)
+        with operation(token, export, volume), _unlocked(token, export, volume):
+            _empty(token, export, volume, real.format, real.type)
             with (
                 open_image(source, volume) as before,
                 _open_fake(export, volume) as after,
@@ -226,23 +225,37 @@ def _fill(token: SpmToken, source: Domain, volume: str, export: Domain, progress
     export.write_record(token, volume, filled)
 
 
+@contextmanager
+def _unlocked(token: SpmToken, export: Domain, volume: str) -> Iterator[None]:
+    """A template of an export domain may be written inside."""
+    export.set_writable(token, [volume], True)
+    try:
+        yield
+    finally:
+        export.set_writable(token, [volume], False)
+
+
 def _open_fake(export: Domain, volume: str) -> qcowlib.Image:
     """Open a template that is being filled for writing."""
+    fmt = IMAGE_FORMATS[export.record(volume).format]
     storage = export.open_volume(volume, writable=True)
     try:
-        return qcowlib.open(storage, "r+", format="qcow2", backing=False)
+        return qcowlib.open(storage, "r+", format=fmt, backing=False)
     except BaseException:
         storage.close()
         raise
 
 
-def _empty(export: Domain, volume: str, record: mv.VolumeMetadata) -> None:
-    storage = export.open_volume(volume, writable=True)
-    try:
+def _empty(token: SpmToken, export: Domain, volume: str, fmt: str, kind: str) -> None:
+    """Make a template that nobody reads empty, of this format, which what stands on it names."""
+    record = export.record(volume)._replace(format=fmt, type=kind, parent=BLANK)
+    export.write_record(token, volume, record)
+    token.check()
+    with closing(export.open_volume(volume, writable=True)) as storage:
         storage.resize(0)
-        create(storage, image_options(export, record._replace(format=COW, parent=BLANK), None))
-    finally:
-        storage.close()
+    format_volume(export, record, volume, None)
+    for child in children_of(export, volume):
+        set_parent_name(token, export, child, volume, fmt)
 
 
 def remove_exported(token: SpmToken, export: Domain, image: str) -> None:
@@ -261,7 +274,8 @@ def remove_exported(token: SpmToken, export: Domain, image: str) -> None:
     if record.voltype == SHARED and base in own and children_of(export, base):
         fake = record._replace(legality=FAKE, description=FAKE_DESCRIPTION)
         export.write_record(token, base, fake)
-        _empty(export, base, fake)
+        with _unlocked(token, export, base):
+            _empty(token, export, base, COW, SPARSE)
         return
     remove_volumes(token, export, image, own)
     if base not in own and record.legality == FAKE and not children_of(export, base):

@@ -294,7 +294,7 @@ class Disk:
 
     @property
     def leaf(self) -> str:
-        """The volume that takes the writes.  Raises: MetadataError during a preview, when there are two."""
+        """The volume that takes the writes.  Raises: Illegal during a preview, when there are two."""
         return self._group().leaf()
 
     @property

@@ -23,7 +23,7 @@ from qcowlib.qcow2.directories import read_header
 
 from . import metadata_volume as mv
 from .domain import Domain, VolumeEntry
-from .errors import MetadataError, NotFound
+from .errors import Illegal, MetadataError, NotFound
 from .ids import BLANK, check_id
 from .metadata_volume import COW, RAW, SHARED, VolumeMetadata
 from .volume import children_of, set_role, volume_of_name
@@ -97,16 +97,20 @@ class ImageGroup(NamedTuple):
         return sorted(volume for volume in self.own() if volume in self.records and volume not in parents)
 
     def leaf(self) -> str:
-        """Return the only leaf.  Raises: MetadataError when there are none or several."""
+        """Return the only leaf.  Raises: Illegal during a preview, when there are two; MetadataError for none."""
         leaves = self.leaves()
-        if len(leaves) != 1:
-            raise MetadataError(f"the image {self.image} has {len(leaves)} leaves", path=self.domain.name)
+        if len(leaves) > 1:
+            text, hint = f"the image {self.image} is previewed", "Commit or undo the preview first."
+            raise Illegal(text, path=self.domain.name, hint=hint)
+        if not leaves:
+            raise MetadataError(f"the image {self.image} has no leaf", path=self.domain.name)
         return leaves[0]
 
     def chain(self, leaf: str | None = None) -> list[str]:
         """Return the volumes from *leaf* (the only one by default) down to the base.
 
-        Raises: MetadataError for a parent that is missing or damaged, or a cycle.
+        Raises: Illegal during a preview when *leaf* is not told, MetadataError
+        for a parent that is missing or damaged, or a cycle.
         """
         volume = self.leaf() if leaf is None else leaf
         chain: list[str] = []

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Final
 from qcowlib.errors import Error
 from qcowlib.jobs.measure import measure
 from qcowlib.qcow2.check import check
-from qcowlib.qcow2.header_update import set_backing
 
 from . import metadata_volume as mv
 from .copying import carry_bitmaps, copy_layers, layers_size
@@ -33,7 +32,7 @@ from .errors import Illegal, NotFound
 from .image_group import ImageGroup
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
 from .sizes import CHUNK, max_size, optimal_cow_size
-from .volume import IMAGE_FORMATS, children_of, open_image, remove_volumes, set_role, zero_from
+from .volume import children_of, open_image, remove_volumes, set_parent_name, set_role, zero_from
 
 if TYPE_CHECKING:
     from .token import SpmToken
@@ -200,15 +199,9 @@ def _write(token: SpmToken, domain: Domain, base: str, top: str) -> None:
 
 def _relink(token: SpmToken, domain: Domain, base: str, top: str) -> None:
     """Let what stands on top stand on base: image first, then record, then tag."""
-    fmt = IMAGE_FORMATS[domain.record(base).format]
+    fmt = domain.record(base).format
     for child in children_of(domain, top):
-        storage = domain.open_volume(child, writable=True)
-        try:
-            token.check()
-            set_backing(storage, base.encode(), fmt.encode())
-            storage.flush()
-        finally:
-            storage.close()
+        set_parent_name(token, domain, child, base, fmt)
         domain.write_record(token, child, domain.record(child)._replace(parent=base))
     for child in children_of(domain, base):
         domain.set_parent_hint(token, child, base)

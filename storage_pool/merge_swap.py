@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Final
 
 import qcowlib
 from qcowlib.qcow2.create import create, create_raw
-from qcowlib.qcow2.header_update import set_backing
 
 from . import metadata_volume as mv
 from .copying import carry_bitmaps, copy_disk, copy_layers, layers_size
@@ -45,6 +44,7 @@ from .volume import (
     image_options,
     open_image,
     remove_volumes,
+    set_parent_name,
     set_role,
 )
 
@@ -166,21 +166,10 @@ def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str, sl
     if record.legality == mv.ILLEGAL:
         merged = _merged(below, record, block=domain.block)
         for child in children_of(domain, top):
-            _rename_format(token, domain, child, top, IMAGE_FORMATS[merged.format])
+            set_parent_name(token, domain, child, top, merged.format)
         merged = merged._replace(legality=mv.LEGAL, generation=mv.next_generation(record.generation))
         # Below version 3 the new file or volume has the permission of its role only now.
         set_role(token, domain, top, merged, record.voltype)
     drop_twin(token, domain, top)
     # Alone, so in one step; its note goes with it.
     remove_volumes(token, domain, image, [base], force=True)
-
-
-def _rename_format(token: SpmToken, domain: Domain, child: str, parent: str, fmt: str) -> None:
-    """Let the image of *child* say the format of its parent."""
-    storage = domain.open_volume(child, writable=True)
-    try:
-        token.check()
-        set_backing(storage, parent.encode(), fmt.encode())
-        storage.flush()
-    finally:
-        storage.close()

@@ -80,8 +80,6 @@ def create_snapshot(
     Raises: Illegal during a preview, MetadataError for a broken chain.
     """
     group = ImageGroup.load(domain, image)
-    if len(group.leaves()) > 1:
-        raise Illegal(f"the image {image} is previewed", path=domain.name, hint="Commit or undo the preview first.")
     leaf = group.leaf()
     group.chain(leaf)
     return _child(token, group, leaf, volume, capacity, ctime, copy_bitmaps=copy_bitmaps, new_bitmap=new_bitmap)
@@ -95,9 +93,7 @@ def preview(
     Raises: Illegal when there is a preview already or *snapshot* is the leaf.
     """
     group = ImageGroup.load(domain, image)
-    leaf = group.leaf() if len(group.leaves()) == 1 else None
-    if leaf is None:
-        raise Illegal(f"the image {image} is previewed already", path=domain.name)
+    leaf = group.leaf()
     if check_id(snapshot, "volume UUID") == leaf or snapshot not in group.chain(leaf):
         raise Illegal(f"the volume {snapshot} is no snapshot of the image", path=domain.name)
     return _child(token, group, snapshot, volume, None, ctime)

@@ -6,15 +6,18 @@ Source and target may be of any two kinds.  Invariant: a target is ILLEGAL
 from its first moment; when its last byte is durable one write makes it LEGAL,
 one generation on.  It carries the note ``copy:<leaf>`` meanwhile: a copy is
 there when that leaf is LEGAL, else :func:`recover_copies` removes what there
-is of it.  What an error leaves is removed at once.
+is of it.  What an error leaves is removed at once.  Bitmaps of a volume go
+with it from version 4 on; those that were not saved are of no use and stay.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from qcowlib.jobs.measure import measure
+
 from . import metadata_volume as mv
-from .copying import Progress, copy_disk, copy_layers, no_progress
+from .copying import Progress, copy_disk, copy_layers, layers_size, no_progress
 from .domain import Domain
 from .errors import Illegal
 from .ids import BLANK, make_id
@@ -40,7 +43,9 @@ def _copy_spec(
         kind = mv.PREALLOCATED
     initial = None
     if target.block and record.format == COW:
-        initial = copy_size(source.size_of(volume), record.capacity, COW, block=True, leaf=leaf)
+        initial = _needed(source, target, volume, record.capacity, child=parent != BLANK, leaf=leaf)
+        if kind == mv.PREALLOCATED:
+            initial = max(initial, record.capacity)
     return VolumeSpec(
         image,
         name,
@@ -55,6 +60,16 @@ def _copy_spec(
         legality=mv.ILLEGAL,
         sequence=record.sequence,
     )
+
+
+def _needed(source: Domain, target: Domain, volume: str, capacity: int, *, child: bool, leaf: bool) -> int:
+    """Return the initial size on block storage of a copy of what one COW volume has of its own."""
+    bitmaps = target.metadata.version >= 4
+    with open_image(source, volume, backing=False) as image:
+        # Version 2 images have no zero clusters: what hides data below is data.
+        required = layers_size(image, 1, zeros=child and not bitmaps)
+        extra = (measure(image).bitmaps or 0) if bitmaps and image.bitmaps() else 0
+    return copy_size(required, capacity, COW, block=True, leaf=leaf, bitmaps=extra)
 
 
 def copy_image(
@@ -121,6 +136,11 @@ def _copy_layer(token: SpmToken, source: Domain, volume: str, target: Domain, na
             copy_disk(token, before, after, target_is_zero=not target.block, progress=progress)
         else:
             copy_layers(token, before, after, 1, progress=progress)
+            # After the data, or the copying would be recorded.  A disk that grew gets a full backup next.
+            if target.metadata.version >= 4 and before.size == after.size:
+                token.check()
+                after.copy_bitmaps(before, skip_broken=True)
+                after.flush()
 
 
 def collapse(
@@ -149,7 +169,8 @@ def collapse(
     new_image, volume = target_image or make_id(), make_id()
     initial = None
     if target.block and fmt == COW and kind == SPARSE:
-        required = sum(source.size_of(layer) for layer in chain)
+        with open_image(source, chain[0]) as whole:
+            required = measure(whole).required
         initial = copy_size(required, record.capacity, COW, block=True, leaf=True)
     spec = VolumeSpec(
         new_image,

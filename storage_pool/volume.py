@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import qcowlib
 from qcowlib.errors import GateDenied, printable
 from qcowlib.qcow2.create import CreateOptions, create, create_raw
+from qcowlib.qcow2.header_update import set_backing
 from qcowlib.units import round_up
 
 from . import metadata_volume as mv
@@ -194,7 +195,7 @@ def create_volume(
     record.to_bytes(domain.metadata.version)
     domain.allocate(token, spec.image, spec.volume, size, note)
     try:
-        _format(domain, record, spec.volume, parent)
+        format_volume(domain, record, spec.volume, parent)
         if spec.copy_bitmaps or spec.new_bitmap:
             _add_bitmaps(domain, spec, parent)
         if parent is not None:
@@ -229,7 +230,8 @@ def set_role(token: SpmToken, domain: Domain, volume: str, record: VolumeMetadat
         domain.set_writable(token, [volume], role == mv.LEAF)
 
 
-def _format(domain: Domain, record: VolumeMetadata, volume: str, parent: VolumeMetadata | None) -> None:
+def format_volume(domain: Domain, record: VolumeMetadata, volume: str, parent: VolumeMetadata | None) -> None:
+    """Write the empty image that *record* describes into an allocated volume."""
     storage = domain.open_volume(volume, writable=True)
     try:
         if record.format == RAW:
@@ -273,6 +275,20 @@ def image_options(domain: Domain, record: VolumeMetadata, parent: VolumeMetadata
     backing_format = None if parent is None else IMAGE_FORMATS[parent.format].encode()
     version = 2 if domain.metadata.version < 4 else 3
     return CreateOptions(size=record.capacity, version=version, backing_file=backing, backing_format=backing_format)
+
+
+def set_parent_name(token: SpmToken, domain: Domain, child: str, parent: str, parent_format: str) -> None:
+    """Let the image of *child* name *parent*, and its format; its record is not changed."""
+    role = domain.record(child).voltype
+    locked = domain.metadata.version < 3 and role != mv.LEAF
+    if locked:
+        domain.set_writable(token, [child], True)
+    with closing(domain.open_volume(child, writable=True)) as storage:
+        token.check()
+        set_backing(storage, parent.encode(), IMAGE_FORMATS[parent_format].encode())
+        storage.flush()
+    if locked:
+        domain.set_writable(token, [child], False)
 
 
 # Opening

@@ -5,6 +5,8 @@
 import hashlib
 import io
 import itertools
+import stat
+from pathlib import Path
 
 import pytest
 
@@ -186,29 +188,39 @@ def test_a_disk_is_exported_without_its_template_and_imported_where_the_template
 def test_a_fake_template_is_filled_by_the_real_one_and_made_fake_again(file_domain, special, token, fmt):
     source, export, target = file_domain(), special("Backup"), file_domain(4)
     image = make_disk(source, token)
-    base_image, template = transfer.make_template(token, source, image, source, ctime=CTIME, description="gold")
+    options = {"ctime": CTIME, "description": "gold", "role": "SHARED", "fmt": fmt}
+    base_image, template = transfer.collapse(token, source, image, source, **options)
     thin = make_disk(source, token, parent=template, mark=b"t")
     exchange.export_image(token, source, thin, export, ctime=CTIME)
+    assert (export.record(template).format, export.record(template).legality) == ("COW", "FAKE")
+    assert check_domain(export).clean
     exchange.export_image(token, source, base_image, export, ctime=CTIME)
     filled = export.record(template)
-    assert (filled.legality, filled.description) == ("LEGAL", "gold")
-    assert content(export, thin) == content(source, thin)
+    assert (filled.legality, filled.description, filled.format) == ("LEGAL", "gold", fmt)
+    assert content(export, thin) == content(source, thin) and check_domain(export).clean
+    assert stat.S_IMODE(Path(export.path_of(template)).stat().st_mode) == 0o440
     assert exchange.import_image(token, export, base_image, target, ctime=CTIME) == base_image
     exchange.import_image(token, export, thin, target, ctime=CTIME)
     assert content(target, thin) == content(source, thin) and check_domain(target).clean
     with pytest.raises(AlreadyExists):
         exchange.export_image(token, source, base_image, export, ctime=CTIME)
     exchange.remove_exported(token, export, base_image)
-    assert export.record(template).legality == "FAKE"
+    assert (export.record(template).legality, export.record(template).format) == ("FAKE", "COW")
+    assert check_domain(export).clean
+    # Exported once more it is filled again.
+    exchange.export_image(token, source, base_image, export, ctime=CTIME)
+    assert content(export, thin) == content(source, thin) and check_domain(export).clean
+    exchange.remove_exported(token, export, base_image)
     exchange.remove_exported(token, export, thin)
     assert not export.entries()
 
 
 def test_filling_a_fake_template_that_was_cut_is_run_again(file_domain, special, token):
     source = file_domain()
-    base_image, template = transfer.make_template(token, source, make_disk(source, token), source, ctime=CTIME)
+    options = {"ctime": CTIME, "role": "SHARED", "fmt": "RAW"}
+    base_image, template = transfer.collapse(token, source, make_disk(source, token), source, **options)
     thin = make_disk(source, token, parent=template)
-    for at in range(4):
+    for at in range(9):
         export = special("Backup")
         exchange.export_image(token, source, thin, export, ctime=CTIME)
         with pytest.raises(Killed):

@@ -62,6 +62,72 @@ def test_op09_a_chain_is_copied_between_domains_of_any_two_kinds(pair, token, ki
     assert ig.findings(group) == [] and target.leftovers() == []
 
 
+def recorded(domain, volume, name):
+    with vol.open_image(domain, volume, backing=False) as opened:
+        return [tuple(extent)[:2] for extent in opened.bitmap_extents(name)]
+
+
+@pytest.mark.parametrize("kinds", ["file-file", "file-block"])
+def test_op09_bitmaps_of_a_chain_are_copied_with_it_and_none_below_v4(pair, token, kinds):
+    source, target = pair(kinds)
+    image, base = disk(source, token, 1)
+    with vol.open_image(source, base, writable=True) as opened:
+        opened.add_bitmap("old", 65536)
+        opened.add_bitmap("off", 65536, disabled=True)
+        opened.pwrite(b"x" * 1000, 20 * MIB)
+    leaf = sn.create_snapshot(token, source, image, ctime=CTIME, copy_bitmaps=True)
+    with vol.open_image(source, leaf, writable=True) as opened:
+        opened.pwrite(b"y" * 1000, 30 * MIB)
+    tr.copy_image(token, source, image, target, ctime=CTIME)
+    for volume in (base, leaf):
+        with (
+            vol.open_image(target, volume, backing=False) as copied,
+            vol.open_image(source, volume, backing=False) as was,
+        ):
+            assert copied.bitmaps() == was.bitmaps()
+        assert recorded(target, volume, "old") == recorded(source, volume, "old") != []
+    assert ig.findings(ig.ImageGroup.load(target, image)) == []
+    old = pair("file-file", 3)[0]
+    tr.copy_image(token, source, image, old, ctime=CTIME)
+    with vol.open_image(old, leaf, backing=False) as opened:
+        assert opened.bitmaps() == []
+
+
+def test_op12_a_copy_on_block_storage_has_room_for_its_data_not_for_the_volume_it_comes_from(
+    file_domain, block_domain, token
+):
+    source, target = file_domain(), block_domain()
+    image, base = make_id(), make_id()
+    vol.create_volume(token, source, vol.VolumeSpec(image, base, 4096 * MIB), CTIME)
+    with vol.open_image(source, base, writable=True) as opened:
+        # Written and given up: the file is long, what is copied is not.
+        for start in range(0, 512 * MIB, 64 * MIB):
+            opened.pwrite(b"x" * MIB, start)
+        opened.zero(512 * MIB, 0)
+        opened.pwrite(b"y" * MIB, 0)
+    leaf = sn.create_snapshot(token, source, image, ctime=CTIME)
+    tr.copy_image(token, source, image, target, ctime=CTIME)
+    assert target.size_of(base) == 128 * MIB
+    assert target.size_of(leaf) == 2944 * MIB  # A chunk of 2560 MiB, 1.1 times, in extents of 128.
+    made, flat = tr.collapse(token, source, image, target, ctime=CTIME)
+    assert target.size_of(flat) == 2944 * MIB
+    again = tr.copy_image(token, target, made, target, ctime=CTIME)
+    assert target.size_of(ig.ImageGroup.load(target, again).leaf()) == 2944 * MIB
+
+
+def test_a_preview_is_not_copied(file_domain, token):
+    domain = file_domain()
+    image, _ = disk(domain, token)
+    base = ig.ImageGroup.load(domain, image).chain()[-1]
+    look = sn.preview(token, domain, image, base, ctime=CTIME)
+    for call in (tr.copy_image, tr.collapse):
+        with pytest.raises(Illegal, match="is previewed"):
+            call(token, domain, image, domain, ctime=CTIME)
+    # One of the two can be made a disk of its own.
+    made, _ = tr.collapse(token, domain, image, domain, leaf=look, ctime=CTIME)
+    assert content(domain, ig.ImageGroup.load(domain, made).leaf()) == content(domain, look)
+
+
 @pytest.mark.parametrize("kinds", ["file-file", "file-block", "block-file"])
 @pytest.mark.parametrize("fmt", ["RAW", "COW"])
 def test_op09_a_chain_is_collapsed_into_one_volume(pair, token, kinds, fmt):

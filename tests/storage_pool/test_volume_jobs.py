@@ -121,7 +121,7 @@ def test_op05_a_rebase_that_fails_leaves_a_disk_that_recovery_ends(make_domain, 
         raise StorageError(5, path="image", operation="write")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mg, "set_backing", fail)
+        patch.setattr(mg, "set_parent_name", fail)
         for call in (lambda: mg.merge(token, domain, image, top), lambda: mg.recover_merges(token, domain)):
             with pytest.raises(StorageError):
                 call()

@@ -20,7 +20,11 @@ CHAPTERS = sorted(path for path in GUIDE.glob("*.md") if path.name != "README.md
 
 def chapter(path: Path) -> object:
     # Chapters whose commands call the real program are left out where it is not installed.
-    wanted = [name for name in ("qemu-img", "qemu-io") if re.search(rf"^\s*{name} ", path.read_text(), re.MULTILINE)]
+    wanted = [
+        name
+        for name in ("qemu-img", "qemu-io", "nbdinfo", "nbdkit")
+        if re.search(rf"^\s*{name} ", path.read_text(), re.MULTILINE)
+    ]
     return pytest.param(path, marks=[pytest.mark.real(*wanted)] if wanted else [], id=path.stem)
 
 

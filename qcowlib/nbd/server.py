@@ -44,6 +44,7 @@ __all__ = ["NbdServer", "serve"]
 MAX_SHARED: Final = 1024
 _HANDSHAKE_SECONDS: Final = 10.0
 _GRACE_SECONDS: Final = 5.0
+_RETRY_SECONDS: Final = 0.05
 _RECEIVE: Final = 4096
 #: What accept may say without meaning that it is over.
 _PASSING: Final = frozenset(
@@ -102,7 +103,7 @@ class NbdServer:
         self._lock = threading.Lock()
         self._connections: dict[int, tuple[threading.Thread, net.socket]] = {}
         self._count = 0
-        self._over = threading.Event()
+        self._ending = False
         self._stopped = False
         self._listener = Listener(path=None if socket is None else os.fspath(socket), port=port, fd=fd)
         self._listener.socket.setblocking(False)
@@ -141,11 +142,11 @@ class NbdServer:
         poll = select.poll()
         poll.register(self._listener.socket, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
-        while not self._over.is_set():
+        while not self._ending:
             self._room.acquire()
             poll.poll()
             try:
-                if self._over.is_set():
+                if self._ending:
                     break
                 channel, _ = self._listener.socket.accept()
             except OSError as error:
@@ -153,10 +154,10 @@ class NbdServer:
                 if error.errno not in _PASSING:
                     break
                 # Out of descriptors, or a client that went at once: the next one may do.
-                self._over.wait(0.05)
+                self.wait(_RETRY_SECONDS)
                 continue
             self._start(channel)
-        self._over.set()
+        self.request_stop()
 
     def _start(self, channel: net.socket) -> None:
         channel.settimeout(None)
@@ -243,13 +244,19 @@ class NbdServer:
 
     def request_stop(self) -> None:
         """Let :meth:`wait` return; may be called from a signal handler."""
-        self._over.set()
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        # No lock is taken: a signal may come while one is held.
+        self._ending = True
+        if self._wake >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._wake, 1)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return when the server is to end (true), or after *timeout* seconds."""
-        return self._over.wait(timeout)
+        if not self._ending:
+            poll = select.poll()
+            poll.register(self._wake, select.POLLIN)
+            poll.poll(None if timeout is None else timeout * 1000)
+        return self._ending
 
     def stop(self) -> None:
         """End: requests at hand are answered, all is made durable, and what :func:`serve` opened is closed.
@@ -266,8 +273,8 @@ class NbdServer:
         # One that was accepted meanwhile.
         self._end_connections(net.SHUT_RDWR, None)
         self._listener.close()
-        os.close(self._wake)
-        self._wake = -1
+        wake, self._wake = self._wake, -1
+        os.close(wake)
         self._finish()
 
     def _end_connections(self, how: int, until: float | None) -> None:

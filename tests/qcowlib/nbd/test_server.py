@@ -276,3 +276,11 @@ def test_recorded_bitmaps_know_what_came_over_the_wire(disk: Path) -> None:
         assert Client(str(server.socket)).call(WRITE, MiB, data=b"x") == 0
     with qcowlib.open(disk) as image:
         assert list(image.bitmap_extents("b")) == [(MiB, 65536)]
+
+
+def test_request_to_stop_that_comes_late_does_nothing(disk: Path) -> None:
+    server = qcowlib.serve(disk)
+    assert not server.wait(0)
+    server.stop()
+    server.request_stop()
+    assert server.wait(0)

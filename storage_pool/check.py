@@ -15,7 +15,9 @@ from .block_domain import BlockDomain
 from .block_group import repair_mapping
 from .domain import Domain, Leftover, VolumeEntry
 from .exchange import recover_moves
+from .file_domain import FileDomain
 from .image_group import Finding, ImageGroup, findings, repair
+from .lock_check import lock_findings, repair_locks
 from .merge import recover_merges
 from .merge_swap import recover_swaps
 from .metadata_domain import DATA
@@ -77,6 +79,8 @@ def check_domain(domain: Domain) -> DomainReport:
     for image in images:
         found += findings(ImageGroup.load(domain, image))
     unmapped: list[str] = []
+    if isinstance(domain, FileDomain | BlockDomain):
+        found += lock_findings(domain)
     if isinstance(domain, BlockDomain):
         known = {entry.uuid for entry in domain.metadata.pv_mapping.values()}
         found += _shared_slots(entries)
@@ -125,8 +129,11 @@ def mend(token: SpmToken, domain: Domain, *, find: Callable[[str], Domain] | Non
     if isinstance(domain, BlockDomain):
         repair_mapping(token, domain)
     report = check_domain(domain)
+    if isinstance(domain, FileDomain | BlockDomain):
+        repair_locks(token, domain, report.findings)
     for _ in range(2):
-        if not repair(token, domain, report.findings):
-            break
+        done = repair(token, domain, report.findings)
         report = check_domain(domain)
+        if not done:
+            break
     return report

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
 from qcowlib.errors import GateDenied
@@ -248,6 +249,10 @@ class FileDomain:
     def root(self) -> Rooted:
         """The domain's directory, for files of special classes of domains (:mod:`.iso`)."""
         return self._root
+
+    def special(self, name: str, *, writable: bool = False) -> AbstractContextManager[FileStorage]:
+        """Give the bytes of a special file (``ids``, ``leases``, ``inbox``, ...), closed afterwards."""
+        return self._root.open(f"dom_md/{name}", writable=writable)
 
     @property
     def metadata(self) -> DomainMetadata:

@@ -38,11 +38,24 @@ __all__ = ["Finding", "ImageGroup", "backing_of", "findings", "repair"]
 #: Longer chains are taken for a cycle that was missed.
 MAX_CHAIN: Final = 1024
 
-Repair = Literal["set parent", "set parent tag", "set role", "set image", "set capacity", "write lease", "none"]
+Repair = Literal[
+    "set parent",
+    "set parent tag",
+    "set role",
+    "set image",
+    "set capacity",
+    "write lease",
+    "write lockspace",
+    "write lock",
+    "rebuild leases",
+    "none",
+]
+#: What is done to one volume; the others are of :mod:`.lock_check`.
+_OF_VOLUMES: Final = frozenset({"set parent", "set parent tag", "set role", "set image", "set capacity", "write lease"})
 
 
 class Finding(NamedTuple):
-    """Something wrong with a volume, in words, and what mends it to *value*."""
+    """Something wrong with a volume or a special one, in words, and what mends it to *value*."""
 
     volume: str
     text: str
@@ -246,7 +259,7 @@ def repair(token: SpmToken, domain: Domain, plan: Sequence[Finding]) -> list[Fin
     """Do what *plan* has a rule for and return that part of it."""
     done = []
     for finding in plan:
-        if finding.repair == "none":
+        if finding.repair not in _OF_VOLUMES:
             continue
         if finding.repair == "write lease":
             domain.make_lease(token, finding.volume)

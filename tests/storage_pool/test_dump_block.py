@@ -9,6 +9,7 @@ import pytest
 
 from storage_pool.block_domain import BlockDomain
 from storage_pool.dump import dump_block
+from storage_pool.lock_check import lock_findings
 from storage_pool.testing.golden import rebuild_block_domain
 from storage_pool.testing.lvm import local_lvm, loop_devices
 
@@ -37,6 +38,7 @@ def test_dump_of_a_block_domain_equals_what_its_writer_reads_in_it(rebuilt):
     before = lvm.commands
     with BlockDomain.open(lvm, name) as domain:
         document = dump_block(domain)
+        assert lock_findings(domain) == []
     assert lvm.commands - before == 1
     text = json.dumps(document)
     # Devices have other names here; the mapping in the tags keeps the old ones.

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import qcowlib
 from qcowlib.cli.demo import Demo, Figures, Problem, Step
+from qcowlib.cli.demo_nbd import serve_disk
 from qcowlib.errors import Error
 from qcowlib.inspection import inspect
 from qcowlib.qcow2.repair import repair
@@ -410,5 +411,6 @@ STEPS = (
     Step("chain of layers", layer_chain),
     Step("kill -9 in the middle of a write load", kill_writer),
     Step("images from strangers", refuse_hostile),
+    Step("served over NBD", serve_disk),
     Step("back to raw", back_to_raw),
 )

@@ -29,7 +29,7 @@ def test_examples_run_and_print_what_they_say(tmp_path: Path, monkeypatch: pytes
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    assert examples.run_blocks(ROOT / "README.md", tmp_path / "bin", leave_out=r"^\./run ") == 4
+    assert examples.run_blocks(ROOT / "README.md", tmp_path / "bin", leave_out=r"^\./run ") == 5
 
 
 def test_first_minute_is_two_commands_that_exist() -> None:

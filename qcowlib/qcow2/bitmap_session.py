@@ -142,6 +142,7 @@ class BitmapSession:
         if extension is None:
             raise CorruptImage("the bitmap directory is gone", path=self.path)
         await self.image.changing.rewrite([(extension.directory_offset, pack_bitmap_directory(entries))])
+        await self.image.changing.barrier()
 
     async def begin_resize(self) -> None:
         """Before the size changes: refuse where a bitmap cannot follow, else flag every one."""

@@ -302,7 +302,7 @@ class Qcow2Image:
                 await self.tracker.save()
         finally:
             # Released space was only taken back in memory: that must reach storage too.
-            await writeback.commit(final=True)
+            await writeback.commit(final=True, quiet=self.tracker is None)
         if writeback.mend is not None:
             await writeback.mend()
         if writeback.dirty_tried and writeback.mend is None:

@@ -80,6 +80,7 @@ class _Cut(NamedTuple):
     undo: list[Callable[[], None]]
     freed: RunList
     unmapped: RunList
+    quiet: bool = False
 
     @property
     def empty(self) -> bool:
@@ -133,6 +134,8 @@ class Writeback:
         self._limbo: list[tuple[RunList, RunList]] = []
         self._old_limbo: list[tuple[RunList, RunList]] = []
         self._mutex = Mutex(runtime)
+        #: Something was written here after the last barrier.
+        self._unsynced = False
 
     # -- queueing --------------------------------------------------------------
 
@@ -186,16 +189,17 @@ class Writeback:
 
     # -- commit ----------------------------------------------------------------
 
-    async def commit(self, *, final: bool = False) -> None:
+    async def commit(self, *, final: bool = False, quiet: bool = False) -> None:
         """Make everything changed so far durable, in order.
 
-        With *final* postponed refcounts are written too.  Raises StorageError;
-        after a failed write the changes stay queued, after a failed barrier
-        every later commit fails.
+        With *final* postponed refcounts are written too.  *quiet*: nobody wrote
+        guest data since the last barrier, so that none is needed for nothing.
+        Raises StorageError; after a failed write the changes stay queued, after
+        a failed barrier every later commit fails.
         """
         async with self._mutex:
             self.check()
-            cut = self._collect(final)
+            cut = self._collect(final)._replace(quiet=quiet)
             try:
                 # Looked at in the cut: the hit lane may change tables at any time.
                 if self.lazy and not self.dirty_set and not cut.empty:
@@ -266,10 +270,11 @@ class Writeback:
             await self.runtime.io(self.storage.flush)
 
     async def rewrite(self, writes: list[Write]) -> None:
-        """Rewrite whole tables in place now, durably: only flags that the dirty bit excuses may differ."""
-        if writes:
-            await self._write_all(writes)
-            await self.barrier()
+        """Rewrite whole tables in place now: only flags that the dirty bit excuses may differ.
+
+        Durable with the next barrier: that of a commit comes before what it publishes.
+        """
+        await self._write_all(writes)
 
     def _collect(self, final: bool) -> _Cut:
         ranks: tuple[list[Write], list[Write], list[Write]] = ([], [], [])
@@ -355,7 +360,8 @@ class Writeback:
     async def _send(self, cut: _Cut) -> None:
         prepare, grow, publish = cut.ranks
         await self._write_all(prepare)
-        await self.barrier()
+        if self._unsynced or not cut.quiet:
+            await self.barrier()
         if grow:
             await self._write_all(grow)
             await self.barrier()
@@ -366,6 +372,7 @@ class Writeback:
     async def _write_all(self, writes: list[Write]) -> None:
         """Write in file order, adjacent pieces in one call."""
         writes.sort(key=lambda write: write[0])
+        self._unsynced |= bool(writes)
         index = 0
         while index < len(writes):
             start, data = writes[index]
@@ -378,6 +385,7 @@ class Writeback:
             await self.runtime.io(self.storage.write, start, buffers)
 
     async def _write(self, storage: Storage, offset: int, data: bytes) -> None:
+        self._unsynced = True
         await self.runtime.io(storage.write, offset, [data])
 
     async def barrier(self) -> None:
@@ -389,6 +397,7 @@ class Writeback:
         except StorageError as error:
             self._fail(error)
             raise
+        self._unsynced = False
 
     def _fail(self, error: Error) -> None:
         self.failed = error

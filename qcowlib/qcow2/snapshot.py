@@ -15,7 +15,8 @@ delete   new snapshot table; header; references released; COPIED set where
          one is left
 ======== ===============================================================
 
-Between two passes flags and counts disagree, so version 3 has the dirty bit
+The gate being closed, commits after the first are quiet: no barrier where
+nothing was written.  Between two passes flags and counts disagree, so version 3 has the dirty bit
 set durably around all of it; version 2 shows the harmless direction only (a
 clear flag where the count is one).
 
@@ -132,7 +133,7 @@ class _Change:
             entries = await image.runtime.io(read_snapshots, image.storage, image.header)
             await image.changing.commit(final=True)
             # What that released must be counted on storage before tables are walked.
-            await image.changing.commit(final=True)
+            await image.changing.commit(final=True, quiet=True)
             if image.changing.mend is not None:
                 await image.changing.mend()
         except BaseException:
@@ -207,7 +208,7 @@ class _Change:
             image.changing.move_l1()
             image.changing.queue_fields(*_L1_FIELDS)
             image.changing.queue_fields(*_SIZE_FIELD)
-            await image.changing.commit(final=True)
+            await image.changing.commit(final=True, quiet=True)
         except BaseException:
             header.l1_table_offset, header.l1_size, header.size = old
             cmap.load_l1(_pack_l1(old_l1))
@@ -231,8 +232,8 @@ class _Change:
         await self._publish_table([other for other in self.entries if other is not entry])
         self._release(references)
         self._free(entry.l1_table_offset, 8 * entry.l1_size)
-        await image.changing.commit(final=True)
-        await image.changing.commit(final=True)
+        await image.changing.commit(final=True, quiet=True)
+        await image.changing.commit(final=True, quiet=True)
         await self._set_flags()
         await self._unprotect()
 
@@ -246,8 +247,8 @@ class _Change:
 
     async def _unprotect(self) -> None:
         changing = self.image.changing
-        await changing.commit(final=True)
-        await changing.commit(final=True)
+        await changing.commit(final=True, quiet=True)
+        await changing.commit(final=True, quiet=True)
         if changing.dirty_set and not changing.lazy:
             await changing.clear_dirty()
 
@@ -258,8 +259,8 @@ class _Change:
         changing = self.image.changing
         changing.mend = self.recover
         try:
-            await changing.commit(final=True)
-            await changing.commit(final=True)
+            await changing.commit(final=True, quiet=True)
+            await changing.commit(final=True, quiet=True)
             await self._set_flags()
             await self._unprotect()
             changing.mend = None
@@ -293,7 +294,7 @@ class _Change:
         header.snapshots_offset, header.nb_snapshots = place, len(entries)
         try:
             image.changing.queue_fields(*_SNAPSHOT_FIELDS)
-            await image.changing.commit(final=True)
+            await image.changing.commit(final=True, quiet=True)
         except BaseException:
             header.snapshots_offset, header.nb_snapshots = old
             self._free(place, len(data))
@@ -347,7 +348,7 @@ class _Change:
             if word & COPIED and word & OFFSET_MASK in shared:
                 image.cmap.set_l1(index, word & ~COPIED)
         image.cmap.forget()
-        await image.changing.commit(final=True)
+        await image.changing.commit(final=True, quiet=True)
         l1[:] = [word & ~COPIED for word in l1]
 
     async def _reference(self, l1: list[int], place: int, *, leak: bool = False) -> None:

@@ -56,7 +56,7 @@ while True:
         os.write(1, b"f 0 0 0\\n")
         os.write(1, b"s 0 0 %d\\n" % version)
         if len(image.snapshots()) > 3:
-            old = image.snapshots()[0].name.decode()
+            old = image.snapshots()[0].name
             os.write(1, b"x 0 0 %d\\n" % int(old[1:]))
             image.delete_snapshot(old, by_id=False)
     else:
@@ -132,7 +132,7 @@ def test_what_was_flushed_survives_a_killed_writer(tmp_path: Path, shape: str, s
     qemu_img("check", "-q", "-r", "leaks", copy)
     with qcowlib.open(path, "r+") as image:
         image.flush()
-        names = {entry.name.decode() for entry in image.snapshots()}
+        names = {entry.name for entry in image.snapshots()}
     assert snapshots_that_exist(events) <= names
     with qcowlib.open(path) as image:
         content = image.pread(SIZE, 0)

@@ -210,7 +210,7 @@ def release_before_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     """Freed space is reused before its unmapping is durable."""
     collect = ordering.Writeback._collect
 
-    async def commit(self: ordering.Writeback, *, final: bool = False) -> None:
+    async def commit(self: ordering.Writeback, *, final: bool = False, quiet: bool = False) -> None:
         self.check()
         for freed in (self.freed, self.unmapped):
             await self._release(freed)

@@ -13,6 +13,7 @@ import pytest
 import qcowlib
 from qcowlib.qcow2 import snapshot as snapshot_module
 from qcowlib.qcow2.create import CreateOptions, create
+from qcowlib.qcow2.ordering import Writeback, _Cut
 from qcowlib.storage.memory import MemoryStorage
 from qcowlib.testing.crash import assert_crash_safe, explore
 from qcowlib.testing.model import GuestModel
@@ -196,3 +197,23 @@ def test_without_the_dirty_bit_a_cut_would_be_noticed(monkeypatch: pytest.Monkey
     log, model = history(0)
     report = explore(log, model.oracle, random_states=4)
     assert set(report.verdicts) & {"STALEFLAG", "CORRUPT"}
+
+
+def test_a_quiet_commit_that_skips_the_barrier_behind_its_writes_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    send = Writeback._send
+
+    async def hasty(self: Writeback, cut: _Cut) -> None:
+        if not cut.quiet:
+            await send(self, cut)
+            return
+        for rank in cut.ranks:
+            await self._write_all(rank)
+
+    monkeypatch.setattr(Writeback, "_send", hasty)
+    found: set[str] = set()
+    for seed in range(3):
+        log, model = history(seed)
+        found |= set(explore(log, model.oracle, random_states=4).verdicts)
+    assert found - {"LEAK"}

@@ -165,10 +165,15 @@ class NbdServer:
             self._count += 1
             number = self._count
             thread = threading.Thread(target=self._serve, args=(number, channel), name=f"nbd-{number}", daemon=True)
-            self._connections[number] = thread, channel
-        try:
-            thread.start()
-        except RuntimeError:
+            try:
+                # Under the lock: who sees the thread may join it.
+                thread.start()
+            except RuntimeError:
+                started = False
+            else:
+                started = True
+                self._connections[number] = thread, channel
+        if not started:
             # No more threads on this machine.
             self._gone(number, channel)
 

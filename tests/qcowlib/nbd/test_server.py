@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import stat
 import threading
@@ -284,3 +285,27 @@ def test_request_to_stop_that_comes_late_does_nothing(disk: Path) -> None:
     server.stop()
     server.request_stop()
     assert server.wait(0)
+
+
+@pytest.mark.fuzz
+def test_a_crowd_of_strangers_leaves_nothing_behind(disk: Path, events: Events) -> None:
+    chance = random.Random(3)
+    openings = (
+        lambda: chance.randbytes(chance.randrange(1, 300)),
+        lambda: b"\0\0\0\3" + wire.option(chance.randrange(12), chance.randbytes(chance.randrange(80))),
+        lambda: b"\0\0\0\3" + wire.option(1) + wire.request(chance.randrange(9), 0, 512, flags=chance.randrange(32)),
+        lambda: b"\0\0\0\3" + wire.option(1) + wire.request(READ, 0, 4 * MiB) * 20,
+    )
+    with qcowlib.serve(disk, writable=True, shared=8, on_event=events) as server:
+        good = Client(str(server.socket))
+        for number in range(200):
+            with socket.socket(socket.AF_UNIX) as stranger:
+                stranger.connect(str(server.socket))
+                assert stranger.recv(18)[:8] == b"NBDMAGIC"
+                stranger.sendall(openings[number % 4]())
+        assert good.call(WRITE, 0, data=b"good") == 0
+        gone = events.wait("disconnected", 200)
+    assert not [event for event in gone if "internal" in (event["problem"] or "")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbd-")]
+    with qcowlib.open(disk) as image:
+        assert image.pread(4, 0) == b"good" and not image.check().corruptions

@@ -99,11 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "0")
-        if self.path not in COMMANDS or not length.isdecimal() or int(length) > _MAX_BODY:
+        if not length.isdecimal() or int(length) > _MAX_BODY:
+            self._answer(400, '{"error": "the body is too long"}\n')
+            return
+        # Read whatever the answer will be: who is still sending would not get it.
+        raw = self.rfile.read(int(length))
+        if self.path not in COMMANDS:
             self._answer(400, json.dumps({"error": f"a host is told one of {', '.join(COMMANDS)}"}) + "\n")
             return
         try:
-            body = json.loads(self.rfile.read(int(length)) or b"{}")
+            body = json.loads(raw or b"{}")
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):

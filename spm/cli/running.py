@@ -63,12 +63,14 @@ class Monitors:
 
     def _follow(self) -> None:
         while not self._stop.is_set():
+            wait_s = 1.0
             with contextlib.suppress(Error, OSError):
                 for uuid in self._members():
                     if uuid not in self._watched:
                         self._watched[uuid] = self._make(uuid)
                         threading.Thread(target=self._watch, args=(uuid,), name=f"monitor-{uuid}", daemon=True).start()
-            self._stop.wait(3 * self._every_s)
+                wait_s = 3 * self._every_s
+            self._stop.wait(wait_s)
 
     def _watch(self, uuid: str) -> None:
         while not self._stop.is_set():

@@ -185,6 +185,30 @@ def bench_flatten(benchmark: Any, measure: Callable[..., None], bench_dir: Path,
 
 
 @BOTH
+def bench_merge(benchmark: Any, measure: Callable[..., None], bench_dir: Path, chain: list[Path], who: str) -> None:
+    """All layers into the first; the peer commits to it in one command, then tells nobody."""
+    benchmark.group = f"merge {LAYERS} layers"
+    folder = bench_dir / "merged"
+
+    def fresh() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for path in chain:
+            _copy(path, folder / path.name)
+
+    def run() -> None:
+        if who == "qcowlib":
+            qcowlib.merge(folder / chain[-1].name)
+        else:
+            peers.qemu_img("commit", "-q", "-b", folder / chain[0].name, folder / chain[-1].name)
+
+    measure(run, who=who, setup=fresh)
+    peers.must_be_clean(folder / chain[0].name)
+    peers.must_equal(chain[-1], folder / chain[0].name)
+    shutil.rmtree(folder)
+
+
+@BOTH
 def bench_compare(benchmark: Any, measure: Callable[..., None], bench_dir: Path, half_zero: Path, who: str) -> None:
     benchmark.group = "compare, raw with qcow2"
     other = bench_dir / "other.qcow2"

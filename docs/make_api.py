@@ -55,6 +55,8 @@ SECTIONS = (
             "jobs/measure.py": ("measure", "Measurement"),
             "jobs/dd.py": ("dd",),
             "jobs/commit.py": ("commit",),
+            "jobs/merge.py": ("merge", "plan_merge"),
+            "jobs/merge_plan.py": ("MergePlan", "MergeSource"),
             "jobs/rebase.py": ("rebase", "flatten"),
             "jobs/backup.py": ("backup", "restore", "measure_backup"),
             "inspection.py": ("inspect", "Inspection", "Finding", "StreamReader"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from qcowlib import api
@@ -224,6 +224,12 @@ class Image(OpenImage):
             other = (source_image.size, await source_image._chain.bitmap_ranges(source))
         await self._bitmaps().merge_from(target, source, other)
 
+    async def record_bitmap(self, name: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Set in bitmap *name* the guest *ranges*; what lies behind the end is left out."""
+        size = self.size
+        inside = ((offset, min(length, size - offset)) for offset, length in ranges if offset < size)
+        await self._bitmaps().merge_from(name, name, (size, inside))
+
     async def copy_bitmaps(self, source: Image, *, skip_broken: bool = False) -> list[str]:
         """Add all bitmaps of *source*; returns the names of those left out."""
         contents: list[tuple[Bitmap, Iterator[tuple[int, int]]]] = []
@@ -327,6 +333,8 @@ if TYPE_CHECKING:
     inspect = _in_thread(api.inspect)
     measure = _in_thread(api.measure)
     measure_backup = _in_thread(api.measure_backup)
+    merge = _in_thread(api.merge)
+    plan_merge = _in_thread(api.plan_merge)
     read_diff = _in_thread(api.read_diff)
     rebase = _in_thread(api.rebase)
     restore = _in_thread(api.restore)

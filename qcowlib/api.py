@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from qcowlib.jobs.diff_stream import Applied, apply, read_diff, write_diff
     from qcowlib.jobs.many import Outcome, create_overlays, images_in, many
     from qcowlib.jobs.measure import Measurement, measure
+    from qcowlib.jobs.merge import merge, plan_merge
+    from qcowlib.jobs.merge_plan import MergePlan, MergeSource
     from qcowlib.jobs.rebase import flatten, rebase
     from qcowlib.jobs.seal import Damage, Sealed, Verified, diff_seals, heal, seal, verify
     from qcowlib.nbd.export import Export
@@ -54,6 +56,8 @@ __all__ = [
     "Inspection",
     "KeyChange",
     "Measurement",
+    "MergePlan",
+    "MergeSource",
     "NbdServer",
     "Outcome",
     "Panel",
@@ -85,7 +89,9 @@ __all__ = [
     "many",
     "measure",
     "measure_backup",
+    "merge",
     "open",
+    "plan_merge",
     "qemu_like",
     "read_diff",
     "rebase",
@@ -115,6 +121,8 @@ _LATER = {
     "Inspection": "inspection",
     "KeyChange": "qcow2.amend",
     "Measurement": "jobs.measure",
+    "MergePlan": "jobs.merge_plan",
+    "MergeSource": "jobs.merge_plan",
     "NbdServer": "nbd.server",
     "Outcome": "jobs.many",
     "Panel": "picture.panels",
@@ -144,12 +152,14 @@ _LATER = {
     "many": "jobs.many",
     "measure": "jobs.measure",
     "measure_backup": "jobs.backup",
+    "merge": "jobs.merge",
+    "plan_merge": "jobs.merge",
     "read_diff": "jobs.diff_stream",
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",
     "restore_set": "jobs.backup_set",
-    "serve": "nbd.server",
     "seal": "jobs.seal",
+    "serve": "nbd.server",
     "survey": "picture.survey",
     "verify": "jobs.seal",
     "write_diff": "jobs.diff_stream",

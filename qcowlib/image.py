@@ -403,6 +403,15 @@ class Image(OpenImage):
             other = (source_image.size, source_image.bitmap_extents(source))
         self._runtime.run(self._bitmaps().merge_from(target, source, other))
 
+    def record_bitmap(self, name: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Set in bitmap *name* the guest *ranges*, each ``(offset, length)``; what lies behind the end is left out.
+
+        Raises: as :meth:`clear_bitmap`.
+        """
+        size = self.size
+        inside = ((offset, min(length, size - offset)) for offset, length in ranges if offset < size)
+        self._runtime.run(self._bitmaps().merge_from(name, name, (size, inside)))
+
     def copy_bitmaps(self, source: Image, *, skip_broken: bool = False) -> list[str]:
         """Add all bitmaps of *source*, with contents, granularity and enabled state, by one change.
 

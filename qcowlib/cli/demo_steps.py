@@ -239,6 +239,21 @@ def layer_chain(demo: Demo) -> tuple[str, Figures]:
     return text, {"layers": LAYERS, "writes": writes}
 
 
+def merge_layers(demo: Demo) -> tuple[str, Figures]:
+    """The seven upper layers into the first, which must become as long as the plan says."""
+    lowest, top, model = demo.path("layer1.qcow2"), demo.path(f"layer{LAYERS}.qcow2"), demo.path("model.raw")
+    plan = qcowlib.plan_merge(top, lowest=lowest)
+    with demo.progress("merge") as report:
+        qcowlib.merge(top, lowest=lowest, delete=True, progress=report)
+    _same(demo, _hash_image(lowest), _hash(model), "the merged layer", demo.size)
+    demo.judge.check(lowest)
+    demo.judge.compare(lowest, "qcow2", model, "raw")
+    if lowest.stat().st_size != plan.file_size or top.exists():
+        raise Problem("the merge is not what its plan said")
+    text = f"{len(plan.sources) + 1} layers in one pass, {human_size(plan.data)}, file size as planned"
+    return text, {"merged": plan.data, "file-size": plan.file_size}
+
+
 # -- kill ----------------------------------------------------------------------
 
 BLOCK = 20480
@@ -409,6 +424,7 @@ STEPS = (
     Step("info and extents", show_info),
     Step("thin overlays", thin_overlays),
     Step("chain of layers", layer_chain),
+    Step("layers merged into one", merge_layers),
     Step("kill -9 in the middle of a write load", kill_writer),
     Step("images from strangers", refuse_hostile),
     Step("served over NBD", serve_disk),

@@ -51,6 +51,7 @@ COMMANDS = (
     "info",
     "map",
     "measure",
+    "merge",
     "overlay",
     "rebase",
     "resize",

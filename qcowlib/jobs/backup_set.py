@@ -26,18 +26,18 @@ journal goes; to finish it is to do it again.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Unpack
 
-from qcowlib.errors import FormatError, StorageError, UsageError, printable
+from qcowlib.errors import FormatError, UsageError, printable
 from qcowlib.gate import References, qemu_like
 from qcowlib.image import Image
 from qcowlib.image import open as open_image
 from qcowlib.jobs.backup import backup, restore
 from qcowlib.jobs.creation import NewOptions
+from qcowlib.jobs.journal import read_journal, remove_journal, write_journal
 from qcowlib.jobs.pipeline import DEFAULT_MEMORY
 from qcowlib.storage.file import sync_directory
 
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["DiskBackup", "DiskRestore", "backup_set", "finish_set", "restore_set"]
 
 _VERSION: Final = 1
-_MAX_JOURNAL: Final = 16 << 20
 _NEXT: Final = "~next"
 
 Ending = Literal["nothing", "taken back", "finished"]
@@ -81,7 +80,6 @@ class _Journal:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.abspath(path)  # noqa: PTH100
-        self._new = f"{self.path}.new"
 
     def begin(self, kind: str, state: str, disks: Sequence[DiskBackup] | Sequence[DiskRestore]) -> None:
         """Make it.  Raises UsageError where there is one already."""
@@ -94,44 +92,26 @@ class _Journal:
     def write(self, kind: str, state: str, disks: Sequence[DiskBackup] | Sequence[DiskRestore]) -> None:
         """Say that *state* is reached."""
         entries = [dict(zip(disk._fields, disk, strict=True)) for disk in disks]
-        text = json.dumps({"journal": _VERSION, "kind": kind, "state": state, "disks": entries}, indent=1)
-        try:
-            with open(self._new, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self._new, self.path)  # noqa: PTH105
-        except OSError as error:
-            raise StorageError.from_os(error, path=self.path, operation="write") from error
-        sync_directory(self.path)
+        write_journal(self.path, {"journal": _VERSION, "kind": kind, "state": state, "disks": entries})
 
     def end(self) -> None:
         """Remove it."""
-        try:
-            os.unlink(self.path)  # noqa: PTH108
-        except OSError as error:
-            raise StorageError.from_os(error, path=self.path, operation="remove") from error
-        sync_directory(self.path)
+        remove_journal(self.path)
 
     def read(self) -> tuple[str, str, list[DiskBackup] | list[DiskRestore]] | None:
         """Return kind, state and disks; ``None`` where there is no journal.  Raises FormatError, StorageError."""
-        try:
-            with open(self.path, "rb") as file:
-                raw = file.read(_MAX_JOURNAL + 1)
-        except FileNotFoundError:
+        content = read_journal(self.path, "a set")
+        if content is None:
             return None
-        except OSError as error:
-            raise StorageError.from_os(error, path=self.path, operation="read") from error
         try:
-            if len(raw) > _MAX_JOURNAL:
-                raise ValueError("too long")
-            content = json.loads(raw.decode("utf-8", "surrogateescape"))
             if content["journal"] != _VERSION:
                 raise ValueError("unknown version")
-            kind, state = content["kind"], content["state"]
+            kind, state, found = str(content["kind"]), str(content["state"]), content["disks"]
             if (kind, state) not in (("backup", "copying"), ("backup", "advancing"), ("restore", "restoring")):
                 raise ValueError("unknown state")
-            return kind, state, [_disk(kind, entry) for entry in content["disks"]]  # type: ignore[return-value]
+            if not isinstance(found, list):
+                raise ValueError("no list of disks")
+            return kind, state, [_disk(kind, entry) for entry in found]  # type: ignore[return-value]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"this is no journal of a set: {printable(str(error))[:200]}", path=self.path) from error
 

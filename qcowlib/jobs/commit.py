@@ -14,28 +14,30 @@ not touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
-from qcowlib.driver import COMPRESSED, DATA, HOLE
 from qcowlib.errors import UsageError, printable
 from qcowlib.gate import References, qemu_like
 from qcowlib.image import Image
 from qcowlib.image import open as open_image
 from qcowlib.jobs.copy import Copier
+from qcowlib.jobs.merge_plan import CopyPlan, is_file
 from qcowlib.jobs.pipeline import DEFAULT_MEMORY, Control, run
-from qcowlib.jobs.plan import BACKING, COPY, ZEROS, Plan, Run, Source
 from qcowlib.jobs.targets import ImageTarget, RawTarget
 from qcowlib.raw import RawImage
 from qcowlib.storage.file import FileStorage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Literal
+
     from qcowlib.gate import Kind
     from qcowlib.image import CacheMode
+    from qcowlib.opening import Secrets
     from qcowlib.storage.base import Storage
 
-__all__ = ["commit"]
+__all__ = ["Below", "commit", "open_locked"]
 
 
 def commit(
@@ -65,9 +67,9 @@ def commit(
     control = Control(progress=progress, cancel=cancel, rate=rate, workers=workers, memory=memory)
     wanted = None if base is None else os.fspath(base)
     empties = wanted is None if empty is None else empty
-    policy = _Below(references, wanted)
+    policy = Below(references, wanted)
     with ExitStack() as stack:
-        top = _open_top(path, format, policy, cache, secret)
+        top = open_locked(path, format, policy, cache, secret, writable=True)
         stack.callback(top.close)
         if policy.found is None:
             if wanted is None:
@@ -79,7 +81,7 @@ def commit(
     control.end()
 
 
-class _Below:
+class Below:
     """A policy that locks each backing file it opens, except the base: that one is locked for writing."""
 
     def __init__(self, policy: References, base: str | None) -> None:
@@ -96,7 +98,7 @@ class _Below:
         if kind != "backing":
             return storage
         self.opened += 1
-        if self.found is None and (self._base is None or _is_file(storage, self._base)):
+        if self.found is None and (self._base is None or is_file(storage.name, self._base)):
             self.found = self.opened
             return storage
         if isinstance(storage, FileStorage):
@@ -108,57 +110,26 @@ class _Below:
         return storage
 
 
-def _is_file(storage: Storage, name: str) -> bool:
-    if storage.name == name:
-        return True
-    try:
-        status = os.stat(name)  # noqa: PTH116
-    except (OSError, ValueError):
-        return False
-    return getattr(storage, "identity", None) == (status.st_dev, status.st_ino)
-
-
-def _open_top(
+def open_locked(
     path: str | bytes | os.PathLike[str],
     format: str | None,
     policy: References,
     cache: CacheMode,
-    secret: str | bytes | None,
+    secret: Secrets | None,
+    *,
+    writable: bool = False,
 ) -> Image:
     """Open the overlay: locked before anything is read, its backing files as *policy* does."""
     from qcowlib.storage.imagelock import lock_image
 
-    storage = FileStorage.open(path, writable=True, cache=cache)
+    storage = FileStorage.open(path, writable=writable, cache=cache)
     try:
-        lock_image(storage.fileno(), storage.name, "write")
-        return open_image(storage, "r+", format=format, references=policy, cache=cache, secret=secret, lock=False)
+        lock_image(storage.fileno(), storage.name, "write" if writable else "read")
+        mode: Literal["r", "r+"] = "r+" if writable else "r"
+        return open_image(storage, mode, format=format, references=policy, cache=cache, secret=secret, lock=False)
     except BaseException:
         storage.close()
         raise
-
-
-class _CommitPlan(Plan):
-    """Copies what layers above *depth* hold; zeros behind *end*, the base's old size, are there already."""
-
-    def __init__(self, image: Image, depth: int, end: int) -> None:
-        super().__init__([Source(image, 0)], unit=0, cluster=0, keep_zeros=True)
-        self._depth = depth
-        self._end = end
-
-    def _runs(self) -> Iterator[list[Run]]:
-        source = self.sources[0]
-        image, offset = source.image, 0
-        while offset < image.size:
-            found = []
-            for kind, guest, length, host, layer in image.map(offset, image.size - offset):
-                status = BACKING
-                if layer < self._depth:
-                    status = COPY if kind in (DATA, COMPRESSED) else ZEROS
-                    if kind == HOLE and guest >= self._end:
-                        status = BACKING
-                found.append(Run(status, guest, length, source, kind, guest, host, layer))
-                offset = guest + length
-            yield found
 
 
 def _commit(top: Image, depth: int, references: References, cache: CacheMode, control: Control) -> None:
@@ -170,7 +141,7 @@ def _commit(top: Image, depth: int, references: References, cache: CacheMode, co
         old = base.size
         if old < top.size:
             base.resize(top.size)
-        plan = _CommitPlan(top, depth, old)
+        plan = CopyPlan(top, depth, old)
         raw = isinstance(below, RawImage) and below.plain
         target = RawTarget(below.data) if raw else ImageTarget(base)
         copier = Copier(target, unit=0, keep_zeros=True, offload=below.data if raw else None)

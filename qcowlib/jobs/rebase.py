@@ -34,7 +34,7 @@ from qcowlib.units import SECTOR, round_down
 if TYPE_CHECKING:
     from qcowlib.image import CacheMode
 
-__all__ = ["flatten", "rebase"]
+__all__ = ["check_backing_fits", "flatten", "rebase"]
 
 _MOST_PIECES = 512
 
@@ -134,6 +134,11 @@ class _Backing(NamedTuple):
         if self.name is None:
             return None, None
         return os.fsencode(self.name), os.fsencode(self.format or "")
+
+
+def check_backing_fits(top: Qcow2Image, name: str, backing_format: str) -> None:
+    """Raise UsageError if the header of *top* has no room for that backing file."""
+    _check_fits(top, _Backing(name, backing_format))
 
 
 def _check_fits(top: Qcow2Image, stored: _Backing) -> None:

@@ -81,6 +81,8 @@ def stage(qcow: Any) -> Any:
         "create -q disk.raw 4M",
         "create -q -f qcow2 disk.qcow2 4M",
         "create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
+        "create -q -f qcow2 -b base.qcow2 -F qcow2 third.qcow2",
+        "create -q -f qcow2 -b third.qcow2 -F qcow2 top.qcow2",
         "create -q -f qcow2 copy.qcow2 4M",
         "bitmap --add disk.qcow2 nightly",
         "create -q -f qcow2 full.qcow2 4M",

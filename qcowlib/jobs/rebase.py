@@ -26,6 +26,7 @@ from qcowlib.jobs.compare import part_of, reads_zero, runs_to, same_place
 from qcowlib.jobs.copy import read_error
 from qcowlib.jobs.pipeline import DEFAULT_MEMORY, Control, Turn, run
 from qcowlib.jobs.plan import BUFFER, Part, Run, Source
+from qcowlib.jobs.targets import WriteBehind
 from qcowlib.native import first_difference
 from qcowlib.qcow2.header_update import set_backing
 from qcowlib.qcow2.image import Qcow2Image
@@ -198,6 +199,7 @@ def _copy(image: Image, new: Image | None, control: Control) -> None:
         zero_unit = unit if top.header.version > 2 else 0
     half = BUFFER // 2
     zeros = memoryview(bytes(half))
+    behind = WriteBehind(image)
 
     def differing(pieces: list[_Piece], buffer: memoryview) -> Iterator[tuple[_Piece, int, memoryview]]:
         used = 0
@@ -222,6 +224,8 @@ def _copy(image: Image, new: Image | None, control: Control) -> None:
                 else:
                     data.append((at, view))
             image.pwrite_many(data)
+            behind.add(sum(len(view) for _, view in data))
+        behind.start()
         return sum(piece.length for piece in pieces)
 
     control.begin(image.size)

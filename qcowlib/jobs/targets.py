@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
     Buffer = memoryview | bytes
 
-__all__ = ["Action", "BuildTarget", "ImageTarget", "Placed", "RawTarget", "Target"]
+__all__ = ["Action", "BuildTarget", "ImageTarget", "Placed", "RawTarget", "Target", "WriteBehind"]
 
 
 _ZEROS = memoryview(bytes(2 * MiB))
+_BEHIND = 16 * MiB
 
 
 class Action(NamedTuple):
@@ -153,6 +154,27 @@ class BuildTarget:
         self._builder.finish()
 
 
+class WriteBehind:
+    """Has storage write what was copied while more is copied, so that the barrier at the end has little to wait for.
+
+    The order of writes is the barriers' matter and stays what it is.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._start = getattr(image.layers[0].data, "start_writeback", None)
+        self._held = 0
+
+    def add(self, count: int) -> None:
+        """*count* bytes were handed to storage."""
+        self._held += count
+
+    def start(self) -> None:
+        """Begin, if there is enough; to be called where nobody waits for the caller."""
+        if self._held >= _BEHIND and self._start is not None:
+            self._held = 0
+            self._start()
+
+
 class ImageTarget:
     """An image that exists and is open for writing."""
 
@@ -160,6 +182,7 @@ class ImageTarget:
 
     def __init__(self, image: Image) -> None:
         self.image = image
+        self._behind = WriteBehind(image)
 
     def place(self, actions: Sequence[Action]) -> list[Placed]:
         image = self.image
@@ -175,6 +198,7 @@ class ImageTarget:
             else:
                 image.write_compressed(data, offset)
         image.pwrite_many(plain)
+        self._behind.add(sum(len(data) for _, _, data, _ in actions if data is not None))
         return []
 
     def _zero(self, offset: int, length: int) -> None:
@@ -207,7 +231,8 @@ class ImageTarget:
         return runs.end >= end and all(run[0] in (HOLE, ZERO) for run in runs)
 
     def store(self, placed: Sequence[Placed]) -> None:
-        """Nothing is left to do after :meth:`place`."""
+        """Nothing is left to write after :meth:`place`."""
+        self._behind.start()
 
     def finish(self) -> None:
         self.image.flush()

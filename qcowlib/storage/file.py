@@ -339,6 +339,13 @@ class FileStorage:
             if error.errno not in _UNSUPPORTED:
                 raise self._write_failed(error, "discard", offset) from error
 
+    def start_writeback(self) -> None:
+        """Begin to write out what a later flush would have to wait for; a hint, which promises nothing."""
+        if self._barriers and self._writable:
+            from qcowlib.storage.syscalls import start_writeback
+
+            start_writeback(self._fd)
+
     def flush(self) -> None:
         self._check_not_failed()
         if not self._barriers or not self._writable:

@@ -6,7 +6,7 @@ Invariant: imported only at first use, because loading ctypes costs more than
 opening an image; each function raises :class:`OSError` with the errno of the
 call and nothing else.  The GIL is released during the call.
 
-Source: fallocate(2), statx(2).
+Source: fallocate(2), statx(2), sync_file_range(2).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import errno
 import os
 import sys
 
-__all__ = ["KEEP_SIZE", "PUNCH_HOLE", "ZERO_RANGE", "direct_alignment", "fallocate"]
+__all__ = ["KEEP_SIZE", "PUNCH_HOLE", "ZERO_RANGE", "direct_alignment", "fallocate", "start_writeback"]
 
 KEEP_SIZE = 0x01
 PUNCH_HOLE = 0x02
 ZERO_RANGE = 0x10
 
+_SYNC_FILE_RANGE_WRITE = 0x02
 _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
 _STATX_SIZE = 256
@@ -40,6 +41,13 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+
+
+def start_writeback(fd: int) -> None:
+    """Have the kernel begin to write the dirty pages of a file; nothing is promised, and errors wait for the flush."""
+    call = getattr(_libc, "sync_file_range", None)
+    if call is not None:
+        call(fd, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def direct_alignment(fd: int) -> tuple[int, int] | None:

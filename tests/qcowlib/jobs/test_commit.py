@@ -13,6 +13,7 @@ import pytest
 
 import qcowlib
 from qcowlib.jobs.commit import commit
+from qcowlib.storage.file import FileStorage
 from tests.conftest import LONG
 from tests.qcowlib.jobs.samples import SOURCE_OPTIONS, qcow2_image, qemu_img, raw_image
 
@@ -140,3 +141,24 @@ def test_cancelled_commit_is_finished_by_the_next(tmp_path: Path) -> None:
     assert content(top) == guest
     commit(top)
     assert base.read_bytes() == guest
+
+
+def test_storage_writes_what_was_copied_while_more_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    start = FileStorage.start_writeback
+
+    def told(self: FileStorage) -> None:
+        asked.append(Path(self.name).name)
+        start(self)
+
+    monkeypatch.setattr(FileStorage, "start_writeback", told)
+    data = random.Random(1).randbytes(1 << 20)
+    qcowlib.create(tmp_path / "base", 40 << 20)
+    qcowlib.create(tmp_path / "top", None, backing="base", backing_format="qcow2")
+    with qcowlib.open(tmp_path / "top", "r+") as image:
+        for offset in range(0, image.size, len(data)):
+            image.pwrite(data, offset)
+    commit(tmp_path / "top")
+    assert asked == ["base"] * 2
+    with qcowlib.open(tmp_path / "base") as image:
+        assert image.pread(len(data), 39 << 20) == data

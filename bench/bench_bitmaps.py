@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def copy(small: Path, tmp_path: Path) -> Callable[[], None]:
     """Return what lays a fresh copy at ``tmp_path / "image"``."""
 
     def lay() -> None:
-        shutil.copyfile(small, tmp_path / "image")
+        images.durable_copy(small, tmp_path / "image")
 
     return lay
 

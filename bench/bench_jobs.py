@@ -8,13 +8,13 @@ peer is a whole command.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import images
 import peers
 import pytest
 from scale import Scale
@@ -61,14 +61,6 @@ def overlay(bench_dir: Path, chain: list[Path], scale: Scale) -> Path:
     return path
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    shutil.copyfile(source, target)
-    # Or the first barrier of the job would have to write out the copy.
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 @BOTH
 @pytest.mark.parametrize("step", ["create", "apply", "delete"])
 def bench_snapshot(
@@ -82,7 +74,7 @@ def bench_snapshot(
         for image in opened:
             image.close()
         opened.clear()
-        _copy(overlay, path)
+        images.durable_copy(overlay, path)
         if who == "qcowlib":
             opened.append(qcowlib.open(path, "r+"))
             if step != "create":
@@ -119,7 +111,7 @@ def bench_resize(benchmark: Any, measure: Callable[..., None], bench_dir: Path, 
         else:
             peers.qemu_img("resize", "-q", "--shrink", path, str(size))
 
-    measure(run, who=who, setup=lambda: _copy(overlay, path))
+    measure(run, who=who, setup=lambda: images.durable_copy(overlay, path))
     peers.must_be_clean(path)
     path.unlink()
 
@@ -132,8 +124,8 @@ def bench_commit(
     base, top = bench_dir / "commit-base.qcow2", bench_dir / "commit.qcow2"
 
     def fresh() -> None:
-        _copy(chain[0], base)
-        _copy(overlay, top)
+        images.durable_copy(chain[0], base)
+        images.durable_copy(overlay, top)
         rebase(top, base.name, backing_format="qcow2", unsafe=True)
 
     def run() -> None:
@@ -162,7 +154,7 @@ def bench_rebase(benchmark: Any, measure: Callable[..., None], bench_dir: Path, 
         else:
             peers.qemu_img("rebase", "-b", chain[0].name, "-F", "qcow2", top)
 
-    measure(run, who=who, setup=lambda: _copy(chain[-1], top))
+    measure(run, who=who, setup=lambda: images.durable_copy(chain[-1], top))
     peers.must_be_clean(top)
     peers.must_equal(chain[-1], top)
     top.unlink()
@@ -194,7 +186,7 @@ def bench_merge(benchmark: Any, measure: Callable[..., None], bench_dir: Path, c
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for path in chain:
-            _copy(path, folder / path.name)
+            images.durable_copy(path, folder / path.name)
 
     def run() -> None:
         if who == "qcowlib":

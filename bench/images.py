@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import struct
 import sys
 from array import array
@@ -71,6 +72,14 @@ def mapped_image(path: Path, size: int, order: Iterable[int], count: int) -> Non
 def scattered_image(path: Path, size: int, count: int) -> None:
     """A qcow2 image whose *count* allocated clusters lie in random order at random places."""
     mapped_image(path, size, random.Random(1).sample(range(size // CLUSTER), count), count)
+
+
+def durable_copy(source: Path, target: Path) -> None:
+    """Copy a file, on to the storage: or the first barrier of the job would have to write out the copy."""
+    target.unlink(missing_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def full_image(path: Path, size: int) -> None:

@@ -415,6 +415,10 @@ class Disk:
             return self._change(merge_swap.merge_by_swap, taken)
         return self._change(merge.merge, above[0])
 
+    def sync_chain(self, actual: Sequence[str]) -> list[str]:
+        """Let records follow a merge that a running guest made; *actual* is its chain from the leaf down."""
+        return self._change(merge.sync_chain, actual)
+
     # Jobs on one volume, the leaf by default
 
     def sparsify(self) -> int:

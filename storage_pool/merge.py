@@ -19,6 +19,9 @@ opens the disk meanwhile, for base is ILLEGAL.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 from qcowlib.errors import Error
@@ -29,15 +32,23 @@ from . import metadata_volume as mv
 from .copying import carry_bitmaps, copy_layers, layers_size
 from .domain import Domain
 from .errors import Illegal, NotFound
-from .image_group import ImageGroup
+from .image_group import ImageGroup, backing_of
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
 from .sizes import CHUNK, max_size, optimal_cow_size
-from .volume import children_of, open_image, remove_volumes, set_parent_name, set_role, zero_from
+from .volume import (
+    children_of,
+    open_image,
+    remove_volumes,
+    set_parent_name,
+    set_role,
+    volume_of_name,
+    zero_from,
+)
 
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["check_merge", "merge", "recover_merges"]
+__all__ = ["check_merge", "merge", "recover_merges", "sync_chain"]
 
 _NOTE: Final = "merge:"
 
@@ -84,6 +95,43 @@ def merge(token: SpmToken, domain: Domain, image: str, top: str) -> str:
     domain.set_note(token, base, f"{_NOTE}{top}")
     _finish(token, domain, image, base, top, roomy=True)
     return base
+
+
+def sync_chain(token: SpmToken, domain: Domain, image: str, actual: Sequence[str]) -> list[str]:
+    """Let records follow a merge that a running guest made; returns the volumes that were changed.
+
+    *actual* is what the guest has open, from its leaf down to the base.  A
+    leaf that it left is ILLEGAL from then on, and LEGAL again when it is back;
+    what stood on a volume that is gone from the middle stands on what its
+    image names.  What is gone itself is left for removal.
+
+    Raises: Illegal for anything that is not the recorded chain less some of
+    its volumes, and for an image that names another parent; NotFound.
+    """
+    group = ImageGroup.load(domain, image)
+    recorded = group.chain()
+    kept = [volume for volume in recorded if volume in actual]
+    if kept != list(actual) or not kept or kept[-1] != recorded[-1]:
+        raise Illegal(f"the image {image} has no such chain of {len(actual)} volumes", path=domain.name)
+    leaf = group.records[recorded[0]]
+    if recorded[0] != kept[0]:
+        if leaf.legality == mv.ILLEGAL:
+            return []
+        domain.write_record(token, recorded[0], leaf._replace(legality=mv.ILLEGAL))
+        return recorded[:1]
+    moved = [(volume, parent) for volume, parent in itertools.pairwise(kept) if group.records[volume].parent != parent]
+    for volume, parent in moved:
+        with closing(domain.open_volume(volume)) as storage:
+            name, _ = backing_of(storage)
+        if name is None or volume_of_name(name) != parent:
+            raise Illegal(f"the image of {volume} does not stand on {parent}", path=domain.name)
+    for volume, parent in moved:
+        domain.write_record(token, volume, group.records[volume]._replace(parent=parent))
+        domain.set_parent_hint(token, volume, parent)
+    if not moved and leaf.legality == mv.ILLEGAL:
+        domain.write_record(token, kept[0], leaf._replace(legality=mv.LEGAL))
+        return kept[:1]
+    return [volume for volume, _ in moved]
 
 
 def recover_merges(token: SpmToken, domain: Domain) -> list[str]:

@@ -111,24 +111,40 @@ class DomainReferences:
 
     A name is the UUID of a volume of the domain, alone or behind
     ``../<image>/``, as two generations of hosts wrote it; its directory part
-    is not used.  Anything else is refused, and so is an ILLEGAL volume unless
-    *allow_illegal*.
+    is not used.  Anything else is refused; so are, unless *allow_illegal*, an
+    ILLEGAL volume and one that is not what the records say, from *top* on:
+    of two accounts of a chain neither is believed.
     """
 
-    __slots__ = ("_allow_illegal", "_domain")
+    __slots__ = ("_allow_illegal", "_domain", "_top")
 
-    def __init__(self, domain: Domain, *, allow_illegal: bool = False) -> None:
+    def __init__(self, domain: Domain, top: VolumeMetadata | None = None, *, allow_illegal: bool = False) -> None:
         self._domain = domain
         self._allow_illegal = allow_illegal
+        self._top = top
 
     def open(self, kind: str, name: str, owner: str, *, writable: bool, cache: str) -> Storage:
         """See :class:`qcowlib.gate.References`."""
         volume = volume_of_name(name)
         if kind != "backing" or volume is None:
             raise GateDenied(f"'{printable(name[:120])}' is not the name of a volume", path=owner)
-        if not self._allow_illegal and self._domain.record(volume).legality == mv.ILLEGAL:
-            raise Illegal(f"the volume {volume} is ILLEGAL", path=self._domain.name)
+        if not self._allow_illegal:
+            record = self._domain.record(volume)
+            if record.legality == mv.ILLEGAL:
+                raise Illegal(f"the volume {volume} is ILLEGAL", path=self._domain.name)
+            self._compare(volume)
+            self._top = record
         return self._domain.open_volume(volume, writable=writable)
+
+    def _compare(self, volume: str) -> None:
+        if self._top is not None and self._top.parent != volume:
+            text = f"an image stands on {volume}, its record says {self._top.parent}"
+            raise MetadataError(text, path=self._domain.name, hint="Check the domain.")
+
+    def end(self) -> None:
+        """Say that the last image names no other.  Raises: MetadataError when its record does."""
+        if not self._allow_illegal:
+            self._compare(BLANK)
 
 
 def volume_of_name(name: str) -> str | None:
@@ -300,25 +316,34 @@ def open_image(
     """Open a volume's image with the chain below it.
 
     Raises: NotFound, Illegal for an ILLEGAL volume in the chain unless allowed and for
-    writing to a template, and what :func:`qcowlib.open` raises.
+    writing to a template, MetadataError where records and images have
+    another chain each (unless *allow_illegal*), and what :func:`qcowlib.open` raises.
     """
     record = domain.record(volume)
     if record.legality == mv.ILLEGAL and not allow_illegal:
         raise Illegal(f"the volume {volume} is ILLEGAL", path=domain.name)
     if writable and record.voltype == SHARED:
         raise Illegal(f"the volume {volume} is a template", path=domain.name)
+    references = DomainReferences(domain, record, allow_illegal=allow_illegal)
     storage = domain.open_volume(volume, writable=writable)
     try:
-        return qcowlib.open(
+        image = qcowlib.open(
             storage,
             "r+" if writable else "r",
             format=IMAGE_FORMATS.get(record.format, "raw"),
-            references=DomainReferences(domain, allow_illegal=allow_illegal),
+            references=references,
             backing=backing,
         )
     except BaseException:
         storage.close()
         raise
+    try:
+        if backing:
+            references.end()
+    except BaseException:
+        image.close()
+        raise
+    return image
 
 
 # Records

@@ -77,6 +77,9 @@ def _add_disk_verbs(subject: Subject) -> None:
     add = subject.add
     text = "show the chain of a disk and what is wrong with it"
     add("show", _show, text, "image", example="/mnt/data $IMAGE --output=json")
+    text = "let records follow a merge that a running guest made"
+    sync = add("sync", _sync, text, "image", example="/mnt/data $IMAGE $LEAF $BASE")
+    sync.add_argument("chain", nargs="+", metavar="VOLUME", help="what the guest has open, from its leaf down")
     text = "copy a disk, within the domain or to another"
     copy = add("copy", _copy, text, "image", example="/mnt/data $IMAGE --to /mnt/other -p")
     copy.add_argument("--to", metavar=DOMAIN, help="the domain to copy to")
@@ -218,6 +221,11 @@ def _show(session: Session) -> int:
         what = "template" if record.voltype == SHARED else record.voltype.lower()
         session.out.line(f"{name}  {record.format}  {what}  {record.legality}")
     return _tell(session, found)
+
+
+def _sync(session: Session) -> int:
+    arguments = session.args
+    return session.answer(changed=session.change(merge.sync_chain, session.domain(), arguments.image, arguments.chain))
 
 
 def _copy(session: Session) -> int:

@@ -2,17 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where other hosts do what hurts their users, and this package does not."""
 
+import io
 import os
+from contextlib import closing
 
 import pytest
 
-from storage_pool import check, layout
+import storage_pool
+from qcowlib.errors import Busy, Error
+from qcowlib.qcow2.header_update import set_backing
+from storage_pool import check, layout, transfer
 from storage_pool import image_group as ig
 from storage_pool import merge as mg
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
-from storage_pool.errors import NoSpace
-from storage_pool.ids import make_id
+from storage_pool.errors import MetadataError, NoSpace
+from storage_pool.ids import BLANK, make_id
 from storage_pool.lease_records import resource_area, write_area
 
 MIB = 1 << 20
@@ -32,7 +37,7 @@ def disk(domain, token, length=1, **options):
 
 @LVM
 @pytest.mark.parametrize("version", [3, 5])
-def test_the_slot_of_a_removed_volume_keeps_nothing(block_domain, token, version):
+def test_q06_the_slot_of_a_removed_volume_keeps_nothing(block_domain, token, version):
     domain = block_domain(version)
     image, volumes = disk(domain, token)
     offset = layout.slot_offset(domain.slot_of(volumes[0]), version)
@@ -43,7 +48,7 @@ def test_the_slot_of_a_removed_volume_keeps_nothing(block_domain, token, version
     assert not any(data)
 
 
-def test_a_role_that_is_right_is_not_written_again(make_domain, token, monkeypatch):
+def test_q04_a_role_that_is_right_is_not_written_again(make_domain, token, monkeypatch):
     domain = make_domain()
     _, volumes = disk(domain, token, 2)
     monkeypatch.setattr(domain, "write_record", None)
@@ -51,7 +56,7 @@ def test_a_role_that_is_right_is_not_written_again(make_domain, token, monkeypat
         vol.recheck_role(token, domain, volume)
 
 
-def test_a_record_is_durable_before_and_after_its_name_is(file_domain, token, monkeypatch):
+def test_q05_a_record_is_durable_before_and_after_its_name_is(file_domain, token, monkeypatch):
     domain = file_domain()
     _, volumes = disk(domain, token)
     done = []
@@ -74,7 +79,7 @@ def test_backing_names_do_not_grow_with_merges(make_domain, token):
 
 
 @pytest.mark.parametrize("kind", ["file", pytest.param("block", marks=LVM)])
-def test_a_lease_under_the_name_of_an_old_merge_is_found_and_written_anew(request, token, kind):
+def test_p07_a_lease_under_the_name_of_an_old_merge_is_found_and_written_anew(request, token, kind):
     domain = request.getfixturevalue(f"{kind}_domain")(3)
     _, volumes = disk(domain, token)
     view = domain.metadata
@@ -94,7 +99,7 @@ def test_a_lease_under_the_name_of_an_old_merge_is_found_and_written_anew(reques
 
 
 @LVM
-def test_a_merge_without_room_is_refused_before_any_change(block_domain, token):
+def test_p01_a_merge_without_room_is_refused_before_any_change(block_domain, token):
     domain = block_domain()
     image, volumes = disk(domain, token, 3, capacity=10 << 30)
     with vol.open_image(domain, volumes[1], writable=True) as opened:
@@ -131,3 +136,75 @@ def test_extents_and_a_device_node_show_the_same_bytes(block_domain, token, runn
         runner.run(["losetup", "--detach", device])
     with vol.open_image(domain, volumes[0]) as image:
         assert image.size == 128 * MIB and image.pread(11, 128 * MIB - 512) == b"by the node"
+
+
+def test_q07_p05_a_chain_of_which_record_and_image_differ_is_not_opened_until_it_is_mended(make_domain, token):
+    domain = make_domain()
+    _, (base, middle, leaf) = disk(domain, token, 3)
+    record = domain.record(leaf)
+    domain.write_record(token, leaf, record._replace(parent=base))
+    with pytest.raises(MetadataError, match=f"stands on {middle}, its record says {base}") as caught:
+        vol.open_image(domain, leaf)
+    assert caught.value.hint
+    # Those who repair may look.
+    vol.open_image(domain, leaf, allow_illegal=True).close()
+    domain.write_record(token, leaf, record._replace(parent=BLANK))
+    with pytest.raises(MetadataError, match=BLANK):
+        vol.open_image(domain, leaf, writable=True)
+    assert check.mend(token, domain).clean and domain.record(leaf).parent == middle
+    vol.open_image(domain, leaf).close()
+    # An image that forgot its parent would read as zeros.
+    with closing(domain.open_volume(leaf, writable=True)) as storage:
+        set_backing(storage, None, None)
+    with pytest.raises(MetadataError, match="its record says"):
+        vol.open_image(domain, leaf)
+    (told,) = check.check_domain(domain).findings
+    assert "no backing file" in told.text and told.repair == "none"
+
+
+def test_images_that_run_in_a_circle_are_refused_in_one_line(file_domain, token):
+    domain = file_domain()
+    _, (base, leaf) = disk(domain, token, 2)
+    vol.set_parent_name(token, domain, base, leaf, "COW")
+    with pytest.raises(MetadataError):
+        vol.open_image(domain, leaf)
+    with pytest.raises(Error, match="infinite loop"):
+        vol.open_image(domain, leaf, allow_illegal=True)
+    domain.write_record(token, base, domain.record(base)._replace(parent=leaf))
+    with pytest.raises(Error, match="infinite loop"):
+        vol.open_image(domain, leaf)
+    assert any("circle" in one.text or "no leaf" in one.text for one in check.check_domain(domain).findings)
+
+
+def test_q08_changes_of_iso_and_export_domains_exclude_each_other(tmp_path):
+    with storage_pool.connect(tmp_path) as first, storage_pool.connect(tmp_path) as second:
+        media = first.create_domain("media", domain_class="iso", storage_type="NFS")
+        export = first.create_domain("export", domain_class="export", storage_type="NFS")
+        with pytest.raises(Busy):
+            second.domain(media.uuid).upload_media("a.iso", io.BytesIO(b"123"))
+        with pytest.raises(Busy):
+            second.domain(export.uuid).mend()
+        assert second.domain(media.uuid).media() == {}
+
+
+def test_q09_finding_children_reads_only_records_of_the_images_concerned(file_domain, token, monkeypatch):
+    domain = file_domain()
+    _, (base, leaf) = disk(domain, token, 2)
+    for _ in range(3):
+        disk(domain, token, 2)
+    read, record = [], type(domain).record
+    monkeypatch.setattr(type(domain), "record", lambda own, volume: (read.append(volume), record(own, volume))[1])
+    assert vol.children_of(domain, base) == [leaf] and read == [leaf]
+
+
+def test_p08_copying_reads_and_writes_data_not_holes(file_domain, token):
+    source, target = file_domain(), file_domain()
+    spec = vol.VolumeSpec(make_id(), make_id(), 1 << 40)
+    vol.create_volume(token, source, spec, CTIME)
+    with vol.open_image(source, spec.volume, writable=True) as image:
+        image.pwrite(b"x" * 65536, 1 << 39)
+    seen = []
+    copied = transfer.copy_image(
+        token, source, spec.image, target, ctime=CTIME, progress=lambda *told: seen.append(told)
+    )
+    assert copied == spec.image and seen[-1] == (65536, 65536) and target.usage_of(spec.volume) < 1 << 20

@@ -342,7 +342,7 @@ def test_a_domain_is_destroyed_only_when_detached(make, token, lvm):
     assert lvm.groups() == []
 
 
-def test_no_change_without_a_valid_token(make, token, runner):
+def test_p06_no_change_without_a_valid_token(make, token, runner):
     domain = make()
     image, volume = add_volume(domain, token)
     token.close()

@@ -30,7 +30,7 @@ def test_a_sound_domain_is_clean(make_domain, token):
     assert report.clean and (report.images, report.volumes) == (1, 3)
 
 
-def test_everything_with_a_rule_is_mended(make_domain, token):
+def test_p09_everything_with_a_rule_is_mended(make_domain, token):
     domain = make_domain()
     image, volumes = disk(domain, token)
     other, _ = disk(domain, token)

@@ -109,7 +109,7 @@ def test_every_special_character_of_a_tag_survives_lvm(lvm, group):
 
 
 @pytest.mark.real("lvm", "losetup")
-def test_bd16_a_middle_pv_is_removed_and_the_group_extended_again(lvm, devices, group):
+def test_bd16_q01_a_middle_pv_is_removed_and_the_group_extended_again(lvm, devices, group):
     lvm.extend_group(group, [devices[2]])
     lvm.reduce_group(group, devices[1])
     lvm.extend_group(group, [devices[1]], force=True)

@@ -54,7 +54,7 @@ def cost(runner):
     return count
 
 
-def test_reading_needs_one_report(crowded, cost):
+def test_p04_reading_needs_one_report(crowded, cost):
     domain, image, volumes = crowded
     domain.refresh()
     assert cost(lambda: [vol.records_of(domain), ig.ImageGroup.load(domain, image).chain()]) == (1, {})
@@ -64,7 +64,7 @@ def test_reading_needs_one_report(crowded, cost):
     assert cost(lambda: BlockDomain.discover(domain.lvm)) == (1, {})
 
 
-def test_a_volume_is_made_by_two_commands_and_one_report(crowded, cost, token):
+def test_q10_a_volume_is_made_by_two_commands_and_one_report(crowded, cost, token):
     domain, image, _ = crowded
     spec = vol.VolumeSpec(make_id(), make_id(), 128 * MIB)
     assert cost(lambda: vol.create_volume(token, domain, spec, CTIME)) == (1, {"lvcreate": 1, "lvchange": 1})

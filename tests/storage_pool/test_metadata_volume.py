@@ -125,7 +125,7 @@ def test_vm07_description_is_cut_at_210_characters_and_the_worst_case_fits():
         assert parse(data).description == "x" * 210
 
 
-def test_vm07_a_record_over_512_bytes_is_refused_with_the_excess():
+def test_vm07_q02_a_record_over_512_bytes_is_refused_with_the_excess():
     with pytest.raises(MetadataError, match=r"needs \d+ bytes, its limit is 512") as caught:
         volume(description="日" * 200).to_bytes(5)
     assert "Shorten the description by" in caught.value.hint

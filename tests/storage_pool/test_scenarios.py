@@ -3,17 +3,18 @@
 """Scenarios that no other file has: bitmaps, listings, 4096-byte storage, activation, caches, wiping."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from qcowlib.errors import Busy, StorageError, UsageError
 from qcowlib.storage.memory import MemoryStorage
-from storage_pool import activation, image_group, snapshot
+from storage_pool import activation, image_group, merge, snapshot
 from storage_pool import volume as vol
 from storage_pool.block_domain import BlockDomain
 from storage_pool.check import check_domain
-from storage_pool.errors import IllegalSpec, LvmError, NotAuthorized, NotFound, UnsupportedVersion
+from storage_pool.errors import Illegal, IllegalSpec, LvmError, NotAuthorized, NotFound, UnsupportedVersion
 from storage_pool.file_domain import FileDomain
 from storage_pool.ids import BLANK, make_id
 from storage_pool.lvm import Lvm, LvmHost
@@ -29,6 +30,46 @@ def disk(domain, token, fmt="COW", capacity=8 * MIB, **options):
     spec = vol.VolumeSpec(make_id(), make_id(), capacity, fmt, "PREALLOCATED" if fmt == "RAW" else "SPARSE", **options)
     vol.create_volume(token, domain, spec, CTIME)
     return spec.image, spec.volume
+
+
+def test_each_scenario_of_the_list_has_a_test_that_bears_its_id():
+    folder = Path(__file__).parent
+    wanted = {line.split()[0] for line in (folder / "scenarios.txt").read_text().splitlines() if line[0] != "#"}
+    named = {
+        identity.upper()
+        for path in folder.rglob("test_*.py")
+        for name in re.findall(r"^def test((?:_[a-z]{1,2}\d\d)+)_", path.read_text(), re.MULTILINE)
+        for identity in name.strip("_").split("_")
+    }
+    assert wanted - named == set()
+
+
+# Chains of running guests
+
+
+def test_bd17_records_follow_what_a_running_guest_did_to_its_chain(make_domain, token):
+    domain = make_domain()
+    image, base = disk(domain, token)
+    middle = snapshot.create_snapshot(token, domain, image, ctime=CTIME)
+    leaf = snapshot.create_snapshot(token, domain, image, ctime=CTIME)
+    assert merge.sync_chain(token, domain, image, [leaf, middle, base]) == []
+    # The guest went over to the volume below, and back.
+    assert merge.sync_chain(token, domain, image, [middle, base]) == [leaf]
+    assert domain.record(leaf).legality == "ILLEGAL" and merge.sync_chain(token, domain, image, [middle, base]) == []
+    assert merge.sync_chain(token, domain, image, [leaf, middle, base]) == [leaf]
+    assert domain.record(leaf).legality == "LEGAL" and check_domain(domain).clean
+    # It merged the middle one: its image says so first.
+    with pytest.raises(Illegal, match="does not stand on"):
+        merge.sync_chain(token, domain, image, [leaf, base])
+    vol.set_parent_name(token, domain, leaf, base, "COW")
+    assert merge.sync_chain(token, domain, image, [leaf, base]) == [leaf]
+    group = image_group.ImageGroup.load(domain, image)
+    assert group.chain(leaf) == [leaf, base] and domain.entries()[leaf].parent in (base, None)
+    vol.remove_volumes(token, domain, image, [middle])
+    assert check_domain(domain).clean
+    for wrong in ([], [base, leaf], [leaf], [leaf, make_id(), base]):
+        with pytest.raises(Illegal, match="no such chain"):
+            merge.sync_chain(token, domain, image, wrong)
 
 
 # Bitmaps

@@ -63,6 +63,7 @@ SECTIONS = (
             "jobs/backup_set.py": ("backup_set", "restore_set", "finish_set", "DiskBackup", "DiskRestore"),
             "jobs/diff.py": ("diff", "Change", "diff_overlay"),
             "jobs/diff_stream.py": ("write_diff", "apply", "read_diff", "Applied"),
+            "jobs/salvage.py": ("salvage", "Salvaged", "Lost"),
             "jobs/seal.py": ("seal", "Sealed", "verify", "Verified", "Damage", "heal", "diff_seals"),
             "jobs/many.py": ("many", "Outcome", "images_in", "create_overlays"),
             "nbd/server.py": ("serve", "NbdServer"),

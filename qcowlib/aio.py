@@ -339,6 +339,7 @@ if TYPE_CHECKING:
     rebase = _in_thread(api.rebase)
     restore = _in_thread(api.restore)
     restore_set = _in_thread(api.restore_set)
+    salvage = _in_thread(api.salvage)
     seal = _in_thread(api.seal)
     survey = _in_thread(api.survey)
     verify = _in_thread(api.verify)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.merge import merge, plan_merge
     from qcowlib.jobs.merge_plan import MergePlan, MergeSource
     from qcowlib.jobs.rebase import flatten, rebase
+    from qcowlib.jobs.salvage import Lost, Salvaged, salvage
     from qcowlib.jobs.seal import Damage, Sealed, Verified, diff_seals, heal, seal, verify
     from qcowlib.nbd.export import Export
     from qcowlib.nbd.server import NbdServer, serve
@@ -55,6 +56,7 @@ __all__ = [
     "ImageInfo",
     "Inspection",
     "KeyChange",
+    "Lost",
     "Measurement",
     "MergePlan",
     "MergeSource",
@@ -63,6 +65,7 @@ __all__ = [
     "Panel",
     "Picture",
     "Report",
+    "Salvaged",
     "Sealed",
     "Snapshot",
     "Verified",
@@ -97,6 +100,7 @@ __all__ = [
     "rebase",
     "restore",
     "restore_set",
+    "salvage",
     "same_directory",
     "seal",
     "serve",
@@ -120,6 +124,7 @@ _LATER = {
     "ImageInfo": "info",
     "Inspection": "inspection",
     "KeyChange": "qcow2.amend",
+    "Lost": "jobs.salvage",
     "Measurement": "jobs.measure",
     "MergePlan": "jobs.merge_plan",
     "MergeSource": "jobs.merge_plan",
@@ -128,6 +133,7 @@ _LATER = {
     "Panel": "picture.panels",
     "Picture": "picture.panels",
     "Report": "qcow2.check",
+    "Salvaged": "jobs.salvage",
     "Sealed": "jobs.seal",
     "Snapshot": "driver",
     "Verified": "jobs.seal",
@@ -158,6 +164,8 @@ _LATER = {
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",
     "restore_set": "jobs.backup_set",
+    "serve": "nbd.server",
+    "salvage": "jobs.salvage",
     "seal": "jobs.seal",
     "serve": "nbd.server",
     "survey": "picture.survey",

@@ -55,6 +55,14 @@ COMMAND = Command(
         options.OBJECT,
         options.IMAGE_OPTS,
         options.FORCE_SHARE,
+        Option(
+            "",
+            "report",
+            "report",
+            "write all findings, before and after, to FILE",
+            meta="FILE",
+            extra=True,
+        ),
         several.JOBS,
         several.RECURSIVE,
     ),
@@ -69,6 +77,8 @@ def run(args: Args, console: Console) -> int:
     options.wants_json(args)
     secrets = parse_secrets(args.texts("object"))
     cache = options.cache_mode(args, source=True)
+    if args.flag("report") and (several.is_many(args, console) or len(args.operands) > 1):
+        raise usage_failure("--report is for one FILE")
     if several.is_many(args, console):
         return _many(args, cache, secrets, console)
     more = len(args.operands) > 1
@@ -97,7 +107,7 @@ def _many(args: Args, cache: str, secrets: Mapping[str, bytes], console: Console
     def action(name: str) -> several.Answer:
         ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
         try:
-            report = _examine(ref, args, cache, secrets)
+            report = _examine(ref, args, cache, secrets, args.text("repair"))
         except Failure as failure:
             if failure.code != NO_CHECKS:
                 raise
@@ -122,7 +132,15 @@ def _many(args: Args, cache: str, secrets: Mapping[str, bytes], console: Console
 
 
 def _one(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes], console: Console) -> int:
-    report = _examine(ref, args, cache, secrets)
+    if args.text("report") is not None:
+        from qcowlib.cli.checkreport import write_report
+
+        def examine(level: str | None) -> Report:
+            return _examine(ref, args, cache, secrets, level)
+
+        report = write_report(args.text("report") or "", ref, examine, args.text("repair"))
+    else:
+        report = _examine(ref, args, cache, secrets, args.text("repair"))
     _print(report, ref, args, console)
     if report.failure:
         raise Failure(f"Check failed: {os.strerror(report.failure)}")
@@ -131,11 +149,10 @@ def _one(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes], co
     return report.exit_status
 
 
-def _examine(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes]) -> Report:
+def _examine(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes], level: str | None) -> Report:
     """Check the image, or repair it.  Raises :class:`Failure`."""
     from qcowlib.qcow2.check import check
 
-    level = args.text("repair")
     storage = _open(ref, args, cache, secrets)
     if storage is None:
         raise Failure("This image format does not support checks", code=NO_CHECKS)

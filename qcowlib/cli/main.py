@@ -56,6 +56,7 @@ COMMANDS = (
     "rebase",
     "resize",
     "restore",
+    "salvage",
     "seal",
     "serve",
     "snapshot",

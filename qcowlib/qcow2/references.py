@@ -69,7 +69,9 @@ class Finding(NamedTuple):
     is ``corruption``, ``leak``, ``error`` (the check itself failed there) or
     ``note`` (counted nowhere).  ``message`` is qemu-img's text; ``prefixed``
     tells that qemu-img puts its name in front of it.  ``host_offset`` is the
-    byte in the file it is about, ``owner`` the table that holds the entry.
+    byte in the file it is about, ``owner`` the table that holds the entry, and
+    ``guest_offset`` the guest byte that the entry is of (in a snapshot's own
+    disk where it owns the table).
     """
 
     kind: str
@@ -78,6 +80,7 @@ class Finding(NamedTuple):
     host_offset: int | None = None
     owner: str | None = None
     prefixed: bool = False
+    guest_offset: int | None = None
 
 
 class Log:
@@ -128,6 +131,8 @@ _TEXTS: Final[dict[int, tuple[str, str]]] = {
     11: ("unaligned", "ERROR l2_offset={1:x}: Table is not cluster aligned; L1 entry corrupted"),
 }
 _NO_PLACE: Final = (1, 8)
+#: Told of a range of the file, not of an entry.
+_NO_ENTRY: Final = (9, 10)
 _OVERFLOW_HINT: Final = Finding(
     "overflow",
     "note",
@@ -472,21 +477,27 @@ class ReferenceWalk:
                     self._trace_reference(counts, log, value, size, owner)
                 elif code == EVENT_RESERVED:
                     text = f"ERROR found L1 entry with reserved bits set: {value:x}"
-                    log.add(Finding("reserved", "corruption", text, None, owner))
+                    at = index * self.header.l2_entries * size
+                    log.add(Finding("reserved", "corruption", text, None, owner, False, at))
                 elif code == EVENT_TABLE:
                     counts.trace_table(self.reader.read(value, size), active)
                     events = counts.take_events()
-                    self._log_events(log, events, f"L2 at {value:#x}", fixer is not None)
+                    guest = index * self.header.l2_entries * size
+                    self._log_events(log, events, f"L2 at {value:#x}", fixer is not None, guest)
                     if fixer is not None:
                         fixer(value, events)
                 else:
-                    self._log_events(log, [event], owner)
+                    table = index * self.header.l2_entries * size - index * size
+                    self._log_events(log, [event], owner, False, table)
                 if log.room <= 0 and fixer is None:
                     return
             if counts.entries > self._budget:
                 return
 
-    def _log_events(self, log: Log, events: Sequence[Event], owner: str | None, fixing: bool = False) -> None:
+    def _log_events(
+        self, log: Log, events: Sequence[Event], owner: str | None, fixing: bool = False, guest: int | None = None
+    ) -> None:
+        """Add *events* as findings; *guest* is the guest offset of the first entry of the table they are of."""
         if log.room <= 0:
             log.suppressed += len(events)
             return
@@ -494,7 +505,8 @@ class ReferenceWalk:
         for code, index, value, extra in events:
             kind, text = _TEXTS[code]
             place = None if code in _NO_PLACE else value
-            log.add(Finding(kind, "corruption", text.format(index, value, extra, word), place, owner))
+            at = None if guest is None or code in _NO_ENTRY else guest + index * self.header.cluster_size
+            log.add(Finding(kind, "corruption", text.format(index, value, extra, word), place, owner, False, at))
             if kind == "overflow" and log.room > 0:
                 log.findings.append(_OVERFLOW_HINT)
 

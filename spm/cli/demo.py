@@ -120,7 +120,8 @@ class _Hosts:
         end = time.monotonic() + _LIMIT_S
         while not (found := what()):
             if time.monotonic() > end:
-                raise Problem(f"nothing happened for {_LIMIT_S:.0f} s")
+                said = [f"host {number}: {self._status(number).get('reason')}" for number in self._processes]
+                raise Problem(f"nothing happened for {_LIMIT_S:.0f} s; {', '.join(said)}")
             time.sleep(0.05)
         return found
 
@@ -188,8 +189,9 @@ class _Hosts:
         term = self._status(self._manager)["lver"]
         domain = FileDomain.open(str(self._master))
         try:
-            if not check_domain(domain).clean:
-                raise Problem("the domain is not whole")
+            report = check_domain(domain)
+            if not report.clean:
+                raise Problem(f"the domain is not whole: {report}")
         finally:
             domain.close()
         self._do("snapshot", "create", str(self._master), self._image)

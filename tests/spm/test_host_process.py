@@ -84,11 +84,12 @@ class Host:
         return lines[-1]["role"] if lines else "Free"
 
 
-def wait_for(what, limit_s=60):
+def wait_for(what, limit_s=60, hosts=()):
     end = time.monotonic() + limit_s
     while not (found := what()):
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {limit_s} s")
+            said = "\n".join(f"{host.number}: {host.output.read_text()}" for host in hosts)
+            raise TimeoutError(f"not within {limit_s} s\n{said}")
         time.sleep(0.05)
     return found
 
@@ -235,7 +236,7 @@ def test_three_hosts_one_manager_killed_another_ends_its_work(tmp_path, run_dirs
             stack.enter_context(sanlock_daemon(run_dir, f"host{number}"))
             words = ("--contend", "--sanlock-run-dir", run_dir, "--io-timeout", IO_TIMEOUT_S)
             hosts.append(Host(stack, tmp_path, master, number, *words))
-        first = wait_for(lambda: manager(hosts))
+        first = wait_for(lambda: manager(hosts), 60, hosts)
         wait_for(lambda: all(any(line["spm_id"] > 0 for line in host.lines()) for host in hosts))
 
         def do(host, *argv):
@@ -257,7 +258,7 @@ def test_three_hosts_one_manager_killed_another_ends_its_work(tmp_path, run_dirs
         stack.callback(began.wait)
         first.process.kill()
         rest = [host for host in hosts if host is not first]
-        second = wait_for(lambda: manager(rest), 120)
+        second = wait_for(lambda: manager(rest), 120, hosts)
         assert max(line["lver"] for line in second.lines()) == 2
         checked = qpool("domain", "check", master, "--output=json", cwd=tmp_path)
         assert checked.returncode == 0, checked.stdout

@@ -274,3 +274,28 @@ def test_sealed_disks_are_verified_and_mended(qcow: Any, tmp_path: Path) -> None
     assert qcow("verify", "--check", "false", "a").err == "qcow: 'false' ended with status 1\n"
     assert qcow("verify", "--seal", "x", "a", "b").status == 1
     assert "to read" in qcow("seal", "--plan", "a").out
+
+
+def test_damaged_image_is_salvaged_and_reported(qcow: Any, tmp_path: Path) -> None:
+    qcow("create", "-q", "-f", "qcow2", "a", "64M")
+    with qcowlib.open(tmp_path / "a", "r+") as image:
+        image.pwrite(b"x" * (1 << 20), 0)
+    assert qcow("salvage", "a", "whole").out == "Everything was read.\n"
+    raw = (tmp_path / "a").read_bytes()
+    table = int.from_bytes(raw[int.from_bytes(raw[40:48], "big") :][:8], "big") & 0x00FFFFFFFFFFFE00
+    with (tmp_path / "a").open("r+b") as file:  # entry 3 leads to no cluster, entry 5 past the end
+        file.seek(table + 24)
+        file.write((0x80000000000A0200).to_bytes(8, "big"))
+        file.seek(table + 40)
+        file.write((0x8000000100000000).to_bytes(8, "big"))
+    outcome = qcow("salvage", "--plan", "--output=json", "a")
+    found = json.loads(outcome.out)
+    assert outcome.status == 2 and {one["start"] for one in found["lost"]} == {3 << 16, 5 << 16}
+    assert qcow("salvage", "a", "rescued").status == 2
+    assert qcow("compare", "-q", "whole", "rescued").status == 1
+    assert qcow("check", "-q", "-r", "all", "--report", "report", "a").status in (0, 2, 3)
+    report = json.loads((tmp_path / "report").read_text())
+    assert report["before"]["corruptions"] and "after" in report
+    places = {one["guest-offset"] for one in report["before"]["findings"]}
+    assert 3 << 16 in places and {"kind", "owner", "host-offset"} <= report["before"]["findings"][0].keys()
+    assert qcow("check", "--report", "report", "a", "whole").status == 1

@@ -164,7 +164,6 @@ _LATER = {
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",
     "restore_set": "jobs.backup_set",
-    "serve": "nbd.server",
     "salvage": "jobs.salvage",
     "seal": "jobs.seal",
     "serve": "nbd.server",

@@ -18,6 +18,7 @@ storage comes back or all others had their turn.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -63,14 +64,18 @@ class Action(NamedTuple):
 
 def order(view: PoolView) -> list[int]:
     """Return the host ids of the candidates, who has the first turn first."""
+    return list(_order(view.candidates, view.epoch, view.last_spm))
 
+
+@functools.lru_cache(maxsize=4)
+def _order(candidates: tuple[Candidate, ...], epoch: int, last_spm: int | None) -> tuple[int, ...]:
     def rank(candidate: Candidate) -> tuple[int, int, bool, int]:
         # A checksum alone is linear: the same few hosts would always come first.
-        number = zlib.crc32(b"%d %d" % (view.epoch, candidate.host_id)) * 2654435761 >> 7 & 0xFFFFFFFF
-        return -candidate.version, -candidate.priority, candidate.host_id != view.last_spm, number
+        number = zlib.crc32(b"%d %d" % (epoch, candidate.host_id)) * 2654435761 >> 7 & 0xFFFFFFFF
+        return -candidate.version, -candidate.priority, candidate.host_id != last_spm, number
 
-    eligible: Iterable[Candidate] = (candidate for candidate in view.candidates if candidate.priority >= 1)
-    return [candidate.host_id for candidate in sorted(eligible, key=rank)]
+    eligible: Iterable[Candidate] = (candidate for candidate in candidates if candidate.priority >= 1)
+    return tuple(candidate.host_id for candidate in sorted(eligible, key=rank))
 
 
 class Election:

@@ -93,10 +93,10 @@ class Process:
         return self._steps is not _NOTHING
 
     def _step(self) -> None:
-        open_s = max((gate.open_s for gate in self._gates), default=0.0)
-        if open_s > self._kernel.now_s:
-            self._kernel.at(open_s, self._step)
-            return
+        for gate in self._gates:
+            if gate.open_s > self._kernel.now_s:
+                self._kernel.at(gate.open_s, self._step)
+                return
         try:
             delay_s = next(self._steps)
         except StopIteration:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Rules"]
+__all__ = ["CAUGHT_BY", "RULES", "History", "Rules"]
 
 
 class Rules(NamedTuple):
@@ -50,3 +50,35 @@ class Rules(NamedTuple):
     def without(self, rule: str) -> Rules:
         """Return the rules but one."""
         return self._replace(**{rule: False})
+
+
+RULES = Rules._fields
+
+
+class History(NamedTuple):
+    """A seed and the size of its pool."""
+
+    seed: int
+    hosts: int = 3
+    hours: float = 0.25
+    fault_s: float = 30.0
+
+
+#: For each rule the history that misses it; ``./run simulate --mutations`` prints what happens in each.
+CAUGHT_BY: dict[str, History] = {
+    "deadline": History(2),
+    "boot_clock": History(2),
+    "recheck": History(2),
+    "connection": History(5),
+    "settle": History(44),
+    "own_epoch": History(1),
+    "arbitration": History(13),
+    "wait_for_death": History(564),
+    "bound_children": History(2),
+    "release_last": History(0),
+    "read_again": History(0),
+    "record_first": History(0),
+    "recover_tasks": History(23),
+    "absolute_size": History(0),
+    "set_aside": History(42, hosts=5, hours=2.0),
+}

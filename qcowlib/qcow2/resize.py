@@ -86,13 +86,13 @@ def _check(image: Qcow2Image, size: int, preallocation: Preallocation, shrink: b
             raise UsageError("Use the --shrink option to perform a shrink operation.", path=image.storage.name)
 
 
-async def _publish_size(writer: Writer, size: int, refresh: Callable[[], None]) -> None:
+async def _publish_size(writer: Writer, size: int, refresh: Callable[[], None], *, quiet: bool = False) -> None:
     image = writer.image
     old = image.header.size
     image.header.size = size
     try:
         image.changing.queue_fields(*_SIZE_FIELD)
-        await image.changing.commit()
+        await image.changing.commit(quiet=quiet)
     except BaseException:
         image.header.size = old
         raise
@@ -186,11 +186,12 @@ async def _preallocate(writer: Writer, start: int, end: int, mode: Preallocation
 
 async def _shrink(writer: Writer, size: int, refresh: Callable[[], None]) -> None:
     image = writer.image
-    await _publish_size(writer, size, refresh)
+    # Quiet: the gate is closed, and nothing here writes guest data.
+    await _publish_size(writer, size, refresh, quiet=True)
     await writer.unmap_behind(round_up(size, image.cluster_size))
-    await image.changing.commit()
+    await image.changing.commit(quiet=True)
     # Counts of what was released are only in memory until the next commit.
-    await image.changing.commit()
+    await image.changing.commit(quiet=True)
     if image.data is not image.storage:
         await image.runtime.io(image.data.resize, size)
     else:

@@ -162,7 +162,7 @@ class Engine:
             storage_type=storage_type or "LOCALFS",
             domain_class=_CLASSES[domain_class],
             description=name,
-            remote_path=remote_path or path,
+            remote_path=remote_path or os.path.abspath(path),  # noqa: PTH100
             block_size=block_size,
             ctime=self._context.now(),
         )

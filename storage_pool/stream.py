@@ -9,10 +9,11 @@ and checksum are compared before the receiver says that it is done.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from .errors import Illegal, printable
+from .errors import Illegal, InvalidName, printable
 
 if TYPE_CHECKING:
     import qcowlib
@@ -74,6 +75,8 @@ def receive(
     Raises: Illegal when the stream is longer than *limit*, or size or
     checksum are others than told.
     """
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise InvalidName(f"not a SHA-256 in hexadecimal: '{printable(sha256[:64])}'")
     digest = hashlib.sha256()
     most = limit if size is None else min(limit, size)
     offset, piece = 0, first or read_piece(stream, PIECE)

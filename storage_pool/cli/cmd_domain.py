@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -150,7 +151,8 @@ def _create(session: Session) -> int:
             storage_type=kind,
             domain_class=domain_class,
             description=arguments.name,
-            remote_path=arguments.remote_path or directory,
+            # Other hosts mount it: a name that means something only here would be wrong.
+            remote_path=arguments.remote_path or os.path.abspath(directory),  # noqa: PTH100
             block_size=arguments.block_size,
             ctime=now(),
         )

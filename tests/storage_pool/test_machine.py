@@ -21,17 +21,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from storage_pool import exchange as ex
 from storage_pool import image_group as ig
 from storage_pool import merge as mg
 from storage_pool import merge_swap as ms
 from storage_pool import snapshot as sn
 from storage_pool import transfer as tr
 from storage_pool import volume as vol
+from storage_pool import volume_jobs as vj
 from storage_pool.block_domain import BlockDomain
-from storage_pool.check import check_domain
+from storage_pool.check import check_domain, mend
 from storage_pool.embedded import FileToken
 from storage_pool.file_domain import FileDomain
 from storage_pool.ids import make_id
+from storage_pool.testing.killing import Killed, KillingDomain
 from storage_pool.testing.lvm import attached, local_lvm
 
 LONG = int(os.environ.get("QCOWLIB_LONG", "1"))
@@ -70,6 +73,15 @@ class Machine(RuleBasedStateMachine):
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         self.token = self.stack.enter_context(FileToken(str(folder / "lock")))
         self.domain = type(self).open_domain(self.stack, self.token, folder)
+        mount = folder / "other"
+        mount.mkdir()
+        options = {
+            "version": self.domain.metadata.version,
+            "storage_type": "NFS",
+            "remote_path": "s:/x",
+            "ctime": CTIME,
+        }
+        self.other = self.stack.enter_context(FileDomain.create(self.token, str(mount), make_id(), **options))
         self.disks = {}
 
     def teardown(self):
@@ -178,6 +190,65 @@ class Machine(RuleBasedStateMachine):
         number = data.draw(st.integers(1, len(disk.names) - 1))
         assert ms.merge_by_swap(self.token, self.domain, image, disk.names[number - 1]) == disk.names[number]
         del disk.names[number - 1]
+
+    @precondition(lambda self: self.some(self.deep))
+    @rule(data=st.data(), at=st.integers(0, 14), renames=st.booleans())
+    def merge_that_is_cut(self, data, at, renames):
+        image = self.pick(data, self.deep)
+        disk = self.disks[image]
+        number = data.draw(st.integers(1, len(disk.names) - 1))
+        base, top = disk.names[number - 1 : number + 1]
+        cut = KillingDomain(self.domain, at)
+        with contextlib.suppress(Killed):
+            if renames:
+                ms.merge_by_swap(self.token, cut, image, base)
+            else:
+                mg.merge(self.token, cut, image, top)
+        self.reopen()
+        assert mend(self.token, self.domain).clean
+        gone = {base, top} - set(self.domain.entries())
+        assert gone <= {base if renames else top}
+        if gone and renames:
+            del disk.names[number - 1]
+        elif gone:
+            disk.data[base] = disk.data[top]
+            disk.sizes[base] = max(disk.sizes[base], disk.sizes[top])
+            del disk.names[number]
+        else:
+            # A RAW base may have got its room already.
+            for name in (base, top):
+                disk.sizes[name] = self.domain.record(name).capacity
+
+    @precondition(lambda self: self.some(self.quiet))
+    @rule(data=st.data())
+    def sparsify(self, data):
+        leaf = self.disks[self.pick(data, self.quiet)].names[-1]
+        if self.domain.record(leaf).type == "SPARSE":
+            vj.sparsify(self.token, self.domain, leaf)
+
+    @precondition(lambda self: self.domain.metadata.version >= 4 and self.some(self.quiet))
+    @rule(data=st.data())
+    def bitmap(self, data):
+        leaf = self.disks[self.pick(data, self.quiet)].names[-1]
+        if self.domain.record(leaf).format == "COW":
+            with vol.open_image(self.domain, leaf, backing=False) as image:
+                there = image.bitmaps()
+            (vj.remove_bitmap if there else vj.add_bitmap)(self.token, self.domain, leaf, "b")
+
+    @precondition(lambda self: self.some(lambda disk: disk.look is None))
+    @rule(data=st.data(), at=st.one_of(st.none(), st.integers(0, 12)))
+    def move_there_and_back(self, data, at):
+        image = self.pick(data, lambda disk: disk.look is None)
+        cut = self.domain if at is None else KillingDomain(self.domain, at)
+        with contextlib.suppress(Killed):
+            ex.move_image(self.token, cut, image, self.other, ctime=CTIME)
+        self.reopen()
+        assert mend(self.token, self.domain, find=lambda uuid: self.other).clean
+        if self.other.entries():
+            assert not [one for one in self.domain.entries().values() if image in one.images]
+            assert check_domain(self.other).clean
+            ex.move_image(self.token, self.other, image, self.domain, ctime=CTIME)
+        assert self.other.entries() == {}
 
     @precondition(lambda self: len(self.disks) < 4 and self.some(lambda disk: disk.look is None))
     @rule(data=st.data(), how=st.sampled_from(["copy", "clone", "template"]))

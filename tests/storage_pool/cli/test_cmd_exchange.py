@@ -118,3 +118,14 @@ def test_media_of_an_iso_domain(answer, place, tmp_path, capfd):
     assert answer("iso", "list", iso) == {}
     assert "not the name" in answer("iso", "remove", iso, "../x.iso", status=1)
     assert "are on Iso domains" in answer("iso", "list", place(), status=1)
+
+
+def test_a_checksum_that_is_none_is_refused_and_storage_is_named_absolutely(answer, tmp_path, data, monkeypatch):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(data)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    answer("domain", "create", "here")
+    assert "SHA-256" in answer("image", "upload", "here", path, "--sha256", "00", status=1)
+    told = answer("domain", "dump", "here")
+    assert told["domain_metadata_raw"]["REMOTE_PATH"] == str(tmp_path / "here") and told["volumes"] == {}

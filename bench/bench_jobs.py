@@ -201,6 +201,28 @@ def bench_merge(benchmark: Any, measure: Callable[..., None], bench_dir: Path, c
 
 
 @BOTH
+def bench_compact(benchmark: Any, measure: Callable[..., None], bench_dir: Path, chain: list[Path], who: str) -> None:
+    """A flat image that lost its first half; the peer copies it to a new file."""
+    benchmark.group = "compact"
+    worn, used, new = (bench_dir / f"compact-{name}.qcow2" for name in ("worn", "used", "new"))
+    qcowlib.convert(chain[-1], worn, cache="unsafe")
+    with qcowlib.open(worn, "r+") as image:
+        image.discard(image.size // 2, 0)
+
+    def run() -> None:
+        if who == "qcowlib":
+            qcowlib.compact(used)
+        else:
+            peers.qemu_img("convert", "-O", "qcow2", used, new)
+
+    measure(run, who=who, setup=lambda: images.durable_copy(worn, used))
+    peers.must_be_clean(used)
+    peers.must_equal(worn, used)
+    for path in (worn, used, new):
+        path.unlink(missing_ok=True)
+
+
+@BOTH
 def bench_compare(benchmark: Any, measure: Callable[..., None], bench_dir: Path, half_zero: Path, who: str) -> None:
     benchmark.group = "compare, raw with qcow2"
     other = bench_dir / "other.qcow2"

@@ -55,6 +55,7 @@ SECTIONS = (
             "jobs/measure.py": ("measure", "Measurement"),
             "jobs/dd.py": ("dd",),
             "jobs/commit.py": ("commit",),
+            "jobs/compact.py": ("compact", "plan_compact", "CompactPlan"),
             "jobs/merge.py": ("merge", "plan_merge"),
             "jobs/merge_plan.py": ("MergePlan", "MergeSource"),
             "jobs/rebase.py": ("rebase", "flatten"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.backup import backup, measure_backup, restore
     from qcowlib.jobs.backup_set import DiskBackup, DiskRestore, backup_set, finish_set, restore_set
     from qcowlib.jobs.commit import commit
+    from qcowlib.jobs.compact import CompactPlan, compact, plan_compact
     from qcowlib.jobs.compare import Comparison, compare
     from qcowlib.jobs.convert import convert
     from qcowlib.jobs.creation import create
@@ -46,6 +47,7 @@ __all__ = [
     "Bitmap",
     "ChainTree",
     "Change",
+    "CompactPlan",
     "Comparison",
     "Damage",
     "DiskBackup",
@@ -74,6 +76,7 @@ __all__ = [
     "backup_set",
     "chain_tree",
     "commit",
+    "compact",
     "compare",
     "convert",
     "create",
@@ -94,6 +97,7 @@ __all__ = [
     "measure_backup",
     "merge",
     "open",
+    "plan_compact",
     "plan_merge",
     "qemu_like",
     "read_diff",
@@ -115,6 +119,7 @@ _LATER = {
     "Bitmap": "driver",
     "ChainTree": "picture.tree",
     "Change": "jobs.diff",
+    "CompactPlan": "jobs.compact",
     "Comparison": "jobs.compare",
     "Damage": "jobs.seal",
     "DiskBackup": "jobs.backup_set",
@@ -142,6 +147,7 @@ _LATER = {
     "backup_set": "jobs.backup_set",
     "chain_tree": "picture.tree",
     "commit": "jobs.commit",
+    "compact": "jobs.compact",
     "compare": "jobs.compare",
     "convert": "jobs.convert",
     "create": "jobs.creation",
@@ -159,6 +165,7 @@ _LATER = {
     "measure": "jobs.measure",
     "measure_backup": "jobs.backup",
     "merge": "jobs.merge",
+    "plan_compact": "jobs.compact",
     "plan_merge": "jobs.merge",
     "read_diff": "jobs.diff_stream",
     "rebase": "jobs.rebase",

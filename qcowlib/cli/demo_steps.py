@@ -254,6 +254,24 @@ def merge_layers(demo: Demo) -> tuple[str, Figures]:
     return text, {"merged": plan.data, "file-size": plan.file_size}
 
 
+def compact_image(demo: Demo) -> tuple[str, Figures]:
+    """A flat copy of the chain loses its first half to discards, and becomes as short as the plan says."""
+    path = demo.path("flat.qcow2")
+    with qcowlib.open(path, "r+") as image:
+        image.discard(image.size // 2 // MiB * MiB, 0)
+    wanted, before = _hash_image(path), path.stat().st_size
+    plan = qcowlib.plan_compact(path)
+    with demo.progress("compact") as report:
+        qcowlib.compact(path, progress=report)
+    _same(demo, _hash_image(path), wanted, "the compacted image", demo.size)
+    demo.judge.check(path)
+    after = path.stat().st_size
+    if after != plan.new_size:
+        raise Problem("the compaction is not what its plan said")
+    text = f"{human_size(before)} to {human_size(after)} in place, {human_size(plan.moved)} moved, as planned"
+    return text, {"before": before, "after": after, "moved": plan.moved}
+
+
 # -- kill ----------------------------------------------------------------------
 
 BLOCK = 20480
@@ -425,6 +443,7 @@ STEPS = (
     Step("thin overlays", thin_overlays),
     Step("chain of layers", layer_chain),
     Step("layers merged into one", merge_layers),
+    Step("a file compacted in place", compact_image),
     Step("kill -9 in the middle of a write load", kill_writer),
     Step("images from strangers", refuse_hostile),
     Step("served over NBD", serve_disk),

@@ -42,6 +42,7 @@ COMMANDS = (
     "chain",
     "check",
     "commit",
+    "compact",
     "compare",
     "convert",
     "create",

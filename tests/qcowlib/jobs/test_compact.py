@@ -1,0 +1,161 @@
+# SPDX-FileCopyrightText: 2026 The qcowlib authors
+# SPDX-License-Identifier: Apache-2.0
+"""Compact: the same bytes, snapshots and bitmaps in a shorter file, at every cut."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qcowlib
+from qcowlib.jobs.compact import compact, plan_compact
+from qcowlib.qcow2.compact import Compaction
+from qcowlib.qcow2.directories import read_header
+from qcowlib.storage.memory import MemoryStorage
+from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
+from qcowlib.testing.recorder import OpLog
+from tests.conftest import LONG
+from tests.qcowlib.jobs.samples import qemu_img
+
+KiB = 1 << 10
+OPTIONS: list[dict[str, Any]] = [
+    {"cluster_size": 512},
+    {"cluster_size": 4096},
+    {"cluster_size": 16384, "extended_l2": True},
+    {"cluster_size": 512, "refcount_bits": 64},
+    {"cluster_size": 1024, "refcount_bits": 2},
+    {"compat": "0.10", "cluster_size": 1024},
+    {"cluster_size": 4096, "lazy_refcounts": True},
+]
+
+
+def used_image(rng: random.Random, path: Path | MemoryStorage, size: int, options: dict[str, Any]) -> None:
+    """An image with holes below its end: what was written first went again."""
+    qcowlib.create(path, size, **options)
+    with qcowlib.open(path, "r+", format="qcow2") as image:
+        for _ in range(10):
+            length = rng.randrange(1, 30) * 512
+            image.pwrite(rng.randbytes(length), rng.randrange((size - length) // 512) * 512)
+        if rng.random() < 0.5 and options.get("compat") != "0.10":
+            image.add_bitmap("kept", 512)
+        if rng.random() < 0.5:
+            image.create_snapshot("one")
+        for _ in range(5):
+            length = rng.randrange(1, 30) * 512
+            image.pwrite(
+                rng.choice([rng.randbytes(length), bytes(length)]), rng.randrange((size - length) // 512) * 512
+            )
+        if rng.random() < 0.3 and len(image.snapshots()):
+            image.delete_snapshot("one")
+        start = rng.randrange(size // 2) // 16384 * 16384
+        image.discard(min(size - start, size // 3), start)
+        image.flush()
+
+
+def everything(path: Path | MemoryStorage) -> list[Any]:
+    """What an image shows: content, snapshots, bitmaps."""
+    with qcowlib.open(path, format="qcow2") as image:
+        found: list[Any] = [image.pread(image.size, 0)]
+        names = [one.id for one in image.snapshots()]
+        found += [(one.name, list(image.bitmap_extents(one.name))) for one in image.bitmaps()]
+    for name in names:
+        key = name if isinstance(name, str) else name.decode()
+        with qcowlib.open(path, format="qcow2", snapshot=key) as image:
+            found.append((key, image.pread(image.size, 0)))
+    return found
+
+
+@pytest.mark.real("qemu-img")
+@settings(max_examples=60 * LONG, deadline=None)
+@given(seed=st.integers(0, 2**32), options=st.sampled_from(OPTIONS), zeros=st.booleans())
+def test_plan_is_what_the_compaction_leaves(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, options: dict[str, Any], zeros: bool
+) -> None:
+    rng = random.Random(seed)
+    path = tmp_path_factory.mktemp("compact") / "image"
+    used_image(rng, path, rng.choice([256, 1024]) * KiB, options)
+    before, length = everything(path), path.stat().st_size
+    plan = plan_compact(path, zeros=zeros)
+    done = compact(path, zeros=zeros)
+    assert done == plan
+    assert path.stat().st_size == plan.new_size <= length
+    assert everything(path) == before
+    qemu_img("check", path)
+    again = plan_compact(path, zeros=zeros)
+    assert (again.new_size, again.moved, again.leaks, again.zeros) == (plan.new_size, 0, 0, 0)
+    path.unlink()
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("options", OPTIONS[:2] + OPTIONS[3:6], ids=str)
+def test_i1_no_cut_leaves_more_than_leaks(options: dict[str, Any]) -> None:
+    rng = random.Random(str(options))
+    storage = MemoryStorage()
+    plan = None
+    while plan is None or not (plan.data and plan.tables):
+        storage = MemoryStorage()
+        used_image(rng, storage, 96 * KiB, options)
+        plan = Compaction(storage, read_header(storage)).plan()
+    expected = everything(storage)
+    log = OpLog()
+    recorded = log.record(storage)
+    Compaction(recorded, read_header(recorded)).run(lambda _: None)
+
+    def judge(state: CrashState) -> list[Finding]:
+        image = MemoryStorage(bytearray(state.images[0]))
+        with qcowlib.open(image, format="qcow2") as opened:
+            report = opened.check()
+        if report.corruptions or report.check_errors:
+            return [Finding("CORRUPT", str(report.findings[:2]))]
+        if everything(image) != expected:
+            return [Finding("LOST", "it shows something else")]
+        return [Finding("LEAK", "")] if report.leaks else []
+
+    assert assert_crash_safe(log, judge, random_states=8).distinct > 20
+
+
+@pytest.mark.crash
+def test_cancelled_anywhere_it_is_done_by_calling_again(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    path, copy = tmp_path / "image", tmp_path / "copy"
+    used_image(rng, path, 1024 * KiB, {"cluster_size": 4096})
+    with qcowlib.open(path, "r+") as image:
+        image.discard(512 * KiB, 0)
+    before, content = everything(path), path.read_bytes()
+    size = plan_compact(path).new_size
+    for most in range(4):
+        copy.write_bytes(content)
+        left = [most]
+
+        def cancel(left: list[int] = left) -> bool:
+            left[0] -= 1
+            return left[0] < 0
+
+        try:
+            compact(copy, cancel=cancel)
+        except qcowlib.Cancelled:
+            assert everything(copy) == before
+            assert qemu_img("check", copy, check=False).returncode in (0, 3)
+        compact(copy)
+        assert copy.stat().st_size == size
+        assert everything(copy) == before
+
+
+def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    qcowlib.create(path, 1024 * KiB, data_file=str(tmp_path / "data"))
+    with pytest.raises(qcowlib.UnsupportedFeature, match="external data file"):
+        compact(path)
+    qcowlib.create(path, 1024 * KiB)
+    with qcowlib.open(path, "r+"), pytest.raises(qcowlib.Busy):
+        compact(path)
+    with path.open("r+b") as file:
+        file.seek(65536 * 2)
+        file.write(bytes(2))
+    with pytest.raises(qcowlib.Error, match="repair it first"):
+        compact(path)

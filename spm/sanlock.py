@@ -26,7 +26,8 @@ from typing import Any, Final, Protocol
 
 from qcowlib.errors import StorageError
 from qcowlib.storage.file import FileStorage
-from storage_pool.lease_records import Leader, parse_leader
+from storage_pool.errors import MetadataError
+from storage_pool.lease_records import Leader, SafeleaseTag, parse_leader
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
 from .errors import LeaseError, LeaseHeld
@@ -64,6 +65,7 @@ int sanlock_get_hosts(const char *, uint64_t, struct sanlk_host **, int *, uint3
 void free(void *);
 """
 _RES_SHARED: Final = 0x4
+_POOL_LEASE: Final = "SDM"
 
 
 class SanlockClient(Protocol):
@@ -364,6 +366,7 @@ class SanlockLeases:
     def acquire(self, lease: Lease, *, shared: bool = False) -> LeaseOwner:
         """See :class:`~storage_pool.leases.Leases`."""
         host_id, _ = self._own(lease.lockspace)
+        self._refuse_older_form(lease)
         try:
             self._select().acquire(self.fileno(), lease, shared)
         except LeaseError as error:
@@ -374,6 +377,22 @@ class SanlockLeases:
             raise
         leader = self._leader(lease)
         return LeaseOwner(host_id, self._delta(lease.lockspace, host_id).owner_generation, leader.version)
+
+    def _refuse_older_form(self, lease: Lease) -> None:
+        """Raise LeaseHeld where a host of an older version has the pool's lease in its own form, before ours."""
+        offset = lease.area.offset - self._leader(lease).alignment
+        if lease.name != _POOL_LEASE or offset < 0:
+            return
+        try:
+            tag = SafeleaseTag.parse(_read(lease.area._replace(offset=offset), 0))
+        except MetadataError:
+            return
+        if tag.host_id is not None:
+            raise LeaseHeld(
+                f"host {tag.host_id} holds the lease in the form of older versions",
+                path=lease.area.path,
+                hint="Stop that host; if it is down, free the block.",
+            )
 
     def release(self, lease: Lease) -> None:
         """See :class:`~storage_pool.leases.Leases`; one that is not held is fine."""

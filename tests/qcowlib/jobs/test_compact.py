@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from qcowlib.testing.recorder import OpLog
 from tests.conftest import LONG
 from tests.qcowlib.jobs.samples import qemu_img
 
-KiB = 1 << 10
+KiB, MiB = 1 << 10, 1 << 20
 OPTIONS: list[dict[str, Any]] = [
     {"cluster_size": 512},
     {"cluster_size": 4096},
@@ -159,3 +162,44 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         file.write(bytes(2))
     with pytest.raises(qcowlib.Error, match="repair it first"):
         compact(path)
+
+
+#: Compacts, and tells of each piece that moved.
+CHILD = """
+import sys
+from qcowlib.jobs.compact import compact
+compact(sys.argv[1], rate=40_000_000, progress=lambda done, total: print("piece", flush=True))
+"""
+
+
+@pytest.mark.crash
+@pytest.mark.real("qemu-img")
+@pytest.mark.parametrize("pieces", [1, 2, 5, 20])
+def test_killed_while_it_moves_it_is_done_by_calling_again(tmp_path: Path, pieces: int) -> None:
+    rng = random.Random(pieces)
+    path = tmp_path / "image"
+    qcowlib.create(path, 16 * MiB, cluster_size=4096)
+    with qcowlib.open(path, "r+") as image:
+        for number in range(64):
+            image.pwrite(rng.randbytes(65536), (number * 37 % 64) * 131072)
+        image.create_snapshot("one")
+        image.pwrite(rng.randbytes(3 * MiB), 9 * MiB)
+        image.delete_snapshot("one")
+        image.create_snapshot("two")
+        image.discard(2 * MiB, 1 * MiB)
+    with qcowlib.open(path, "r+") as image:
+        image.delete_snapshot("1" if image.snapshots()[0].id in ("1", b"1") else "2")
+        image.create_snapshot("kept")
+    before = everything(path)
+    assert plan_compact(path).moved >= MiB
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        for _ in range(pieces):
+            child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+    assert everything(path) == before
+    assert qemu_img("check", path, check=False).returncode in (0, 3)
+    done = compact(path)
+    assert everything(path) == before
+    assert path.stat().st_size == done.new_size
+    qemu_img("check", path)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from qcowlib.errors import Error
 from qcowlib.storage.file import FileStorage
 from qcowlib.units import MiB
-from storage_pool.block_domain import BlockDomain
+from storage_pool.block_domain import BlockDomain, open_logical_volume
 from storage_pool.errors import Illegal, NotAuthorized
 from storage_pool.rooted import Rooted
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .lease_watch import LeaseToken
     from .mailbox import ExtendRequest
 
-__all__ = ["PoolDuties"]
+__all__ = ["PoolDuties", "open_mailbox"]
 
 _TASKS = "master/tasks"
 
@@ -48,6 +48,22 @@ def _direct(path: str, *, writable: bool = False) -> Storage:
         with suppress(Error):
             return FileStorage.open(path, writable=writable, cache=cache)
     return FileStorage.open(path, writable=writable)
+
+
+def open_mailbox(master: AnyDomain, *, serving: bool) -> tuple[Storage, Storage]:
+    """Open inbox and outbox of *master*; the manager (*serving*) writes the outbox, every other host the inbox."""
+    found: list[Storage] = []
+    try:
+        for name, writable in (("inbox", not serving), ("outbox", serving)):
+            if isinstance(master, BlockDomain):
+                found.append(open_logical_volume(master.lvm, master.state, name, writable=writable))
+            else:
+                found.append(_direct(f"{master.name}/dom_md/{name}", writable=writable))
+    except BaseException:
+        for storage in found:
+            storage.close()
+        raise
+    return found[0], found[1]
 
 
 class PoolDuties(Duties):
@@ -119,12 +135,9 @@ class PoolDuties(Duties):
     def _open_mailbox(self, token: LeaseToken) -> None:
         master = self._open_master()
         self._held.callback(master.close)
-        if isinstance(master, BlockDomain):
-            inbox = self._held.enter_context(master.special("inbox"))
-            outbox = self._held.enter_context(master.special("outbox", writable=True))
-        else:
-            inbox = self._held.enter_context(closing(_direct(f"{master.name}/dom_md/inbox")))
-            outbox = self._held.enter_context(closing(_direct(f"{master.name}/dom_md/outbox", writable=True)))
+        inbox, outbox = open_mailbox(master, serving=True)
+        self._held.callback(inbox.close)
+        self._held.callback(outbox.close)
         self._token = token
         self._server = ExtensionServer(inbox, outbox, self._extend, hosts=self._hosts)
         self._server.start()

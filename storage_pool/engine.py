@@ -30,7 +30,7 @@ from .errors import AlreadyExists, Illegal, InvalidName, NotFound, printable
 from .file_domain import FileDomain, discover
 from .handles import AnyDomain, Context, EngineDomain
 from .ids import is_id, make_id
-from .lvm import Lvm, LvmHost
+from .lvm import Lvm, LvmHost, has_device_mapper
 from .monitor import DomainMonitor, DomainStatus, Event, Recovery, RecoveryPolicy
 from .pool import StoragePool, find_master
 from .process import ProcessRunner, SystemRunner
@@ -69,7 +69,7 @@ def connect(
     runner = runner or SystemRunner()
     if lvm is None and devices is not None:
         seen = tuple(devices)
-        lvm = Lvm(runner, LvmHost(lambda: seen, activation=os.path.exists("/dev/mapper/control")))  # noqa: PTH110
+        lvm = Lvm(runner, LvmHost(lambda: seen, activation=has_device_mapper()))
     return Engine(path, lvm, runner, token, clock or _seconds, space or SpacePolicy())
 
 

@@ -14,6 +14,7 @@ Not here: any cache.  Who changes a group reads it again.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -23,7 +24,7 @@ from .ids import is_id
 from .layout import SPECIAL_VOLUMES, twin_of
 from .process import Completed, ProcessRunner
 
-__all__ = ["Lv", "LvSegment", "Lvm", "LvmHost", "Placement", "Pv", "Vg", "VgState"]
+__all__ = ["Lv", "LvSegment", "Lvm", "LvmHost", "Placement", "Pv", "Vg", "VgState", "has_device_mapper"]
 
 EXTENT_MIB: Final = 128
 METADATA_MIB: Final = 128
@@ -145,6 +146,15 @@ class Lv(NamedTuple):
         if not self.segments:
             return ""
         return f"{self.segments[0].device}({self.segments[0].first_extent})"
+
+
+def has_device_mapper() -> bool:
+    """Whether this host can activate volumes: the control node may be there in a kernel without device mapper."""
+    try:
+        os.close(os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 class Placement(NamedTuple):

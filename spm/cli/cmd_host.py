@@ -195,16 +195,19 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
     from pathlib import Path
 
     from spm.cli.place import Place, clock, guarded, lease_manager, pool_lease
-    from spm.cli.running import HostLoop, Monitors, run_host
-    from spm.duties import PoolDuties
+    from spm.cli.running import HostLoop, Mailbox, Monitors, run_host
+    from spm.duties import PoolDuties, open_mailbox
     from spm.election import Election
+    from spm.extend import ExtensionClient
     from spm.host import PoolHost, election_timing
     from spm.lease_watch import LeaseToken
+    from spm.mailbox import Reply
     from spm.service import SpmHost, SpmService
     from spm.terms import MasterTerms
     from spm.timing import LeaseTiming
     from storage_pool.cli.main import main
     from storage_pool.engine import Engine
+    from storage_pool.lvm import has_device_mapper
     from storage_pool.monitor import DomainMonitor
     from storage_pool.process import SystemRunner
 
@@ -212,7 +215,7 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
         raise TypeError("a timing is needed")
     folder = arguments.place or str(Path(os.path.abspath(arguments.master)).parent)  # noqa: PTH100
     devices = None if arguments.device is None else tuple(arguments.device)
-    activation = not arguments.no_activation and Path("/dev/mapper/control").exists()
+    activation = not arguments.no_activation and has_device_mapper()
     place = Place(arguments.master, folder, devices, activation)
     with closing(place.open_master()) as master:
         area, lease = pool_lease(master)
@@ -252,4 +255,10 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
         return DomainMonitor(uuid, opened, clock)  # type: ignore[arg-type]
 
     monitors = Monitors(watch, place.members, max(1.0, timing.io_timeout_s))
-    return run_host(HostLoop(host, monitors, carry_out), monitors, arguments.socket)
+
+    def open_client(answered: Callable[[Reply], None]) -> ExtensionClient:
+        inbox, outbox = open_mailbox(place.open_master(), serving=False)
+        return ExtensionClient(arguments.host_id, inbox, outbox, answered)
+
+    loop = HostLoop(host, monitors, carry_out, Mailbox(open_client))
+    return run_host(loop, monitors, arguments.socket)

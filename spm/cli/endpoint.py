@@ -4,7 +4,7 @@
 
 ``GET /status`` and ``GET /metrics`` answer at once, from the last report;
 ``POST /spm/start``, ``/spm/stop``, ``/fence`` and ``/run`` are done by the host's own loop
-and answered when they are done.
+and answered when they are done; ``/extend`` asks the manager through the mailbox.
 
 Invariant: only who may open the socket (mode 0600) can ask; requests are
 bounded, and a client that hangs holds up nobody else.
@@ -27,7 +27,7 @@ from qcowlib.errors import StorageError, UsageError
 __all__ = ["COMMANDS", "Endpoint", "ask", "metrics"]
 
 #: What a host can be told.
-COMMANDS: Final = ("/spm/start", "/spm/stop", "/fence", "/run")
+COMMANDS: Final = ("/spm/start", "/spm/stop", "/fence", "/run", "/extend")
 _MAX_BODY: Final = 1 << 20
 _IDLE_S: Final = 10.0
 

@@ -21,7 +21,9 @@ from typing import Any, Final, NamedTuple
 
 from qcowlib.errors import Error, UsageError
 from spm.cli.endpoint import Answer, Endpoint
+from spm.extend import ExtensionClient
 from spm.host import HostReport, PoolHost
+from spm.mailbox import ExtendRequest, Reply
 from storage_pool.monitor import DomainMonitor, DomainStatus
 
 __all__ = ["HostLoop", "Monitors", "notify", "run_host"]
@@ -29,6 +31,9 @@ __all__ = ["HostLoop", "Monitors", "notify", "run_host"]
 #: How long a client waits for what it told a host to do.
 _ANSWER_S: Final = 3600.0
 _LEAVE_S: Final = 20.0
+#: Between two looks at this host's mail while it waits, and how long it waits for an answer.
+_MAIL_S: Final = 0.1
+_EXTEND_S: Final = 120.0
 
 
 class _Order(NamedTuple):
@@ -86,11 +91,48 @@ class Monitors:
         self._stop.set()
 
 
+class Mailbox:
+    """This host's box: asks the manager to extend volumes; *open_client* gives its machine, with what hears answers."""
+
+    def __init__(self, open_client: Callable[[Callable[[Reply], None]], ExtensionClient]) -> None:
+        self._open = open_client
+        self._client: ExtensionClient | None = None
+        self._lock = threading.Condition()
+        self._answers: dict[tuple[str, str], int] = {}
+
+    def extend(self, request: ExtendRequest, limit_s: float) -> int:
+        """Ask, wait for the answer, and return it: a size in MiB, 0 for failure.  Raises: StorageError."""
+        with self._lock:
+            if self._client is None:
+                self._client = self._open(self._answered)
+                self._client.start()
+                threading.Thread(target=self._exchange, args=(self._client,), name="mailbox", daemon=True).start()
+            key = request.domain, request.volume
+            self._answers.pop(key, None)
+            self._client.post(request)
+            if not self._lock.wait_for(lambda: key in self._answers, limit_s):
+                return 0
+            return self._answers.pop(key)
+
+    def _answered(self, reply: Reply) -> None:
+        self._answers[reply.request.domain, reply.request.volume] = reply.size_mib
+        self._lock.notify_all()
+
+    def _exchange(self, client: ExtensionClient) -> None:
+        while True:
+            with self._lock:
+                client.step(time.monotonic())
+            time.sleep(_MAIL_S)
+
+
 class HostLoop:
     """Drives *host*, and does what it is told between two steps; *run* carries out a command with the role's right."""
 
-    def __init__(self, host: PoolHost, monitors: Monitors, run: Callable[[list[str]], int]) -> None:
+    def __init__(
+        self, host: PoolHost, monitors: Monitors, run: Callable[[list[str]], int], mailbox: Mailbox | None = None
+    ) -> None:
         self._host = host
+        self._mailbox = mailbox
         self._monitors = monitors
         self._run = run
         self._orders: queue.Queue[_Order | None] = queue.Queue()
@@ -137,12 +179,27 @@ class HostLoop:
 
     def tell(self, what: str, body: dict[str, Any]) -> Answer:
         """Have the loop do *what*, and wait for its answer."""
+        if what == "/extend":
+            return self._extend(body)
         order = _Order(what, body, queue.Queue())
         self._orders.put(order)
         try:
             return order.answer.get(timeout=_ANSWER_S)
         except queue.Empty:
             return 504, {"error": "the host does not answer"}
+
+    def _extend(self, body: dict[str, Any]) -> Answer:
+        """Ask the manager, in the caller's thread: the loop goes on, which may be the manager's."""
+        if self._mailbox is None:
+            return 409, {"error": "this host has no mailbox"}
+        try:
+            size = int(body.get("size_mib", 0))
+            request = ExtendRequest(str(body.get("domain")), str(body.get("volume")), size)
+            request.pack()
+            answer = self._mailbox.extend(request, _EXTEND_S)
+        except (Error, OSError, ValueError) as error:
+            return 409, {"error": str(error)}
+        return (200, {"size_mib": answer}) if answer else (409, {"error": "the manager did not extend the volume"})
 
     def _carry_out(self, order: _Order) -> None:
         host = self._host

@@ -25,7 +25,7 @@ from storage_pool.errors import Illegal, NotFound, ProcessError, printable
 from storage_pool.file_domain import FileDomain
 from storage_pool.handles import AnyDomain
 from storage_pool.ids import is_id
-from storage_pool.lvm import Lvm, LvmHost
+from storage_pool.lvm import Lvm, LvmHost, has_device_mapper
 from storage_pool.process import SystemRunner
 from storage_pool.token import SpmToken
 
@@ -64,7 +64,7 @@ class Session:
         """LVM of this host, limited to the devices of the command line."""
         if self._lvm is None:
             devices = self.args.device
-            activation = not self.args.no_activation and Path("/dev/mapper/control").exists()
+            activation = not self.args.no_activation and has_device_mapper()
             host = LvmHost(
                 None if devices is None else lambda: tuple(devices),
                 activation=activation,

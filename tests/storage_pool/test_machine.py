@@ -34,7 +34,7 @@ from storage_pool.check import check_domain, mend
 from storage_pool.embedded import FileToken
 from storage_pool.file_domain import FileDomain
 from storage_pool.ids import make_id
-from storage_pool.testing.killing import Killed, KillingDomain
+from storage_pool.testing.killing import Killed
 from storage_pool.testing.lvm import attached, local_lvm
 
 LONG = int(os.environ.get("QCOWLIB_LONG", "1"))
@@ -59,6 +59,20 @@ class Model:
     def fork(self, parent, name):
         self.data[name] = copy.copy(self.data[parent])
         self.sizes[name] = self.sizes[parent]
+
+
+class DyingToken:
+    """A right after whose use number *left* the process is gone."""
+
+    epoch = 1
+
+    def __init__(self, left):
+        self.left = left
+
+    def check(self):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
 
 
 class Machine(RuleBasedStateMachine):
@@ -192,18 +206,17 @@ class Machine(RuleBasedStateMachine):
         del disk.names[number - 1]
 
     @precondition(lambda self: self.some(self.deep))
-    @rule(data=st.data(), at=st.integers(0, 14), renames=st.booleans())
+    @rule(data=st.data(), at=st.integers(0, 20), renames=st.booleans())
     def merge_that_is_cut(self, data, at, renames):
         image = self.pick(data, self.deep)
         disk = self.disks[image]
         number = data.draw(st.integers(1, len(disk.names) - 1))
         base, top = disk.names[number - 1 : number + 1]
-        cut = KillingDomain(self.domain, at)
         with contextlib.suppress(Killed):
             if renames:
-                ms.merge_by_swap(self.token, cut, image, base)
+                ms.merge_by_swap(DyingToken(at), self.domain, image, base)
             else:
-                mg.merge(self.token, cut, image, top)
+                mg.merge(DyingToken(at), self.domain, image, top)
         self.reopen()
         assert mend(self.token, self.domain).clean
         gone = {base, top} - set(self.domain.entries())
@@ -236,12 +249,12 @@ class Machine(RuleBasedStateMachine):
             (vj.remove_bitmap if there else vj.add_bitmap)(self.token, self.domain, leaf, "b")
 
     @precondition(lambda self: self.some(lambda disk: disk.look is None))
-    @rule(data=st.data(), at=st.one_of(st.none(), st.integers(0, 12)))
+    @rule(data=st.data(), at=st.one_of(st.none(), st.integers(0, 40)))
     def move_there_and_back(self, data, at):
         image = self.pick(data, lambda disk: disk.look is None)
-        cut = self.domain if at is None else KillingDomain(self.domain, at)
+        token = self.token if at is None else DyingToken(at)
         with contextlib.suppress(Killed):
-            ex.move_image(self.token, cut, image, self.other, ctime=CTIME)
+            ex.move_image(token, self.domain, image, self.other, ctime=CTIME)
         self.reopen()
         assert mend(self.token, self.domain, find=lambda uuid: self.other).clean
         if self.other.entries():

@@ -63,48 +63,48 @@ def run(args: Args, console: Console) -> int:
     values.parse(args.texts("options"), console)
     made = job_options(values) if args.texts("options") else {}
     shown = args.flag("progress") and not args.flag("quiet")
+    lowest, highest, new = args.text("lowest"), args.text("highest"), args.text("new")
+    progress = Progress(console, shown, total=0, form=options.progress_form(args))
     try:
-        plan = plan_merge(
+        if args.flag("plan"):
+            plan = plan_merge(
+                ref.path,
+                lowest=lowest,
+                highest=highest,
+                target=new,
+                format=ref.format,
+                references=references(),
+                secret=secret,
+                **made,
+            )
+            console.out(pretty(_json(plan)) if as_json else _text(plan))
+            return 0
+        merge(
             ref.path,
-            lowest=args.text("lowest"),
-            highest=args.text("highest"),
-            target=args.text("new"),
+            lowest=lowest,
+            highest=highest,
+            target=new,
             format=ref.format,
+            delete=args.flag("delete"),
             references=references(),
+            cache=cache,  # type: ignore[arg-type]
             secret=secret,
+            progress=progress.within(),
+            rate=args.number("rate") or None,
             **made,
         )
     except Error as error:
         raise Failure(str(error), hint=hint_text(error)) from None
-    if not args.flag("plan"):
-        progress = Progress(console, shown, total=plan.data, form=options.progress_form(args))
-        try:
-            merge(
-                ref.path,
-                lowest=args.text("lowest"),
-                highest=args.text("highest"),
-                target=args.text("new"),
-                delete=args.flag("delete"),
-                format=ref.format,
-                references=references(),
-                cache=cache,  # type: ignore[arg-type]
-                secret=secret,
-                progress=progress.within(),
-                rate=args.number("rate") or None,
-                **made,
-            )
-        except Error as error:
-            raise Failure(str(error), hint=hint_text(error)) from None
-        finally:
-            progress.end()
+    finally:
+        progress.end()
     if as_json:
-        console.out(pretty(_json(plan, args.flag("plan"))))
+        console.out(pretty({"filename": ref.text, "target": new or lowest, "merged": True}))
     elif not args.flag("quiet"):
-        console.out(_text(plan) if args.flag("plan") else f"{len(plan.sources)} layers merged into {plan.target}\n")
+        console.out("Layers merged.\n")
     return 0
 
 
-def _json(plan: MergePlan, only: bool) -> dict[str, Json]:
+def _json(plan: MergePlan) -> dict[str, Json]:
     found: dict[str, Json] = {
         "target": plan.target,
         "format": plan.format,
@@ -119,7 +119,6 @@ def _json(plan: MergePlan, only: bool) -> dict[str, Json]:
         "bitmaps": [{"name": name, "granularity": granularity} for name, granularity in plan.bitmaps],
         "lost-bitmaps": list(plan.lost_bitmaps),
         "merged-files": list(plan.removed),
-        "done": not only,
     }
     found["sources"] = [{**one._asdict(), "bitmaps": list(one.bitmaps)} for one in plan.sources]
     return found

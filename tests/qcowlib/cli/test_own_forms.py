@@ -299,3 +299,24 @@ def test_damaged_image_is_salvaged_and_reported(qcow: Any, tmp_path: Path) -> No
     places = {one["guest-offset"] for one in report["before"]["findings"]}
     assert 3 << 16 in places and {"kind", "owner", "host-offset"} <= report["before"]["findings"][0].keys()
     assert qcow("check", "--report", "report", "a", "whole").status == 1
+
+
+def test_merge_cut_after_it_was_linked_is_ended_by_the_same_command(qcow: Any, tmp_path: Path) -> None:
+    for number, name in enumerate("abcd"):
+        below = ["-b", "abcd"[number - 1], "-F", "qcow2"] if number else []
+        assert qcow("create", "-q", "-f", "qcow2", *below, name, *([] if number else ["4M"])).status == 0
+    words = ("merge", "-d", "--from", "a", "--to", "c", "d")
+    plan = json.loads(qcow("merge", "--plan", "--from", "a", "--to", "c", "--output=json", "d").out)
+    assert (len(plan["sources"]), plan["above"]) == (2, "d")
+    journal = tmp_path / "a.merge"
+    names = [str(tmp_path / name) for name in "dca"]
+    kept = {name: (tmp_path / name).stat() for name in "bc"}
+    remove = [[name, kept[name].st_dev, kept[name].st_ino] for name in "cb"]
+    state = {"journal": 1, "merge": [*names, None], "state": "linking", "done": 4 << 20, "end": 4 << 20}
+    state |= {"above": ["d", "qcow2"], "result": ["a", "qcow2"], "remove": remove, "seen": []}
+    assert qcow("rebase", "-u", "-b", "a", "-F", "qcow2", "d").status == 0
+    journal.write_text(json.dumps(state))
+    outcome = qcow(*words)
+    assert (outcome.status, outcome.out) == (0, "Layers merged.\n")
+    assert sorted(path.name for path in tmp_path.iterdir() if len(path.name) == 1) == ["a", "d"]
+    assert not journal.exists()

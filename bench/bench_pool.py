@@ -3,7 +3,8 @@
 """Storage domains: making one, volumes by the hundred, snapshots, listing, opening a long chain.
 
 On files, and on a volume group where root, LVM and loop devices are there.
-``LVM commands`` of a record is what one round needed of them.
+``LVM commands`` of a record is what one round needed of them; each costs tens
+of milliseconds, so more than an operation may need is an error.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ BLOCK = (
     os.geteuid() == 0 and all(map(shutil.which, ("lvm", "losetup", "mke2fs"))) and Path("/dev/loop-control").exists()
 )
 KINDS = ["file", "block"] if BLOCK else ["file"]
+#: Commands of LVM that are enough: a report, and what changes.
+_CREATE_DOMAIN = 24
+_CREATE_VOLUME = 3
+_READ = 1
 
 
 class Place:
@@ -84,11 +89,16 @@ def place(request: pytest.FixtureRequest, bench_dir: Path) -> Iterator[Place]:
     shutil.rmtree(folder)
 
 
-def _counted(benchmark: object, place: Place, run: Callable[[], object]) -> Callable[[], None]:
+def _counted(benchmark: object, place: Place, run: Callable[[], object], most: int) -> Callable[[], None]:
+    """Return *run* that fails when it needs more than *most* commands of LVM."""
+
     def call() -> None:
         before = place.lvm.commands
         run()
-        benchmark.extra_info["LVM commands"] = place.lvm.commands - before  # type: ignore[attr-defined]
+        used = place.lvm.commands - before
+        benchmark.extra_info["LVM commands"] = used  # type: ignore[attr-defined]
+        if used > most:
+            raise RuntimeError(f"{used} commands of LVM, {most} are enough")
 
     return call
 
@@ -101,7 +111,7 @@ def bench_pool_create_domain(benchmark: object, measure: Callable[..., None], pl
         while made:
             place.destroy(made.pop())
 
-    measure(_counted(benchmark, place, lambda: made.append(place.create())), who="qcowlib", setup=clean)
+    measure(_counted(benchmark, place, lambda: made.append(place.create()), _CREATE_DOMAIN), who="qcowlib", setup=clean)
     clean()
 
 
@@ -111,7 +121,7 @@ def bench_pool_volumes(benchmark: object, measure: Callable[..., None], place: P
     benchmark.group = f"pool, {place.kind}: create volumes"  # type: ignore[attr-defined]
     domain = place.create()
     measure(
-        _counted(benchmark, place, lambda: [place.disk(domain) for _ in range(count)]),
+        _counted(benchmark, place, lambda: [place.disk(domain) for _ in range(count)], count * _CREATE_VOLUME),
         who="qcowlib",
         amount=count,
         unit="volume",
@@ -130,7 +140,7 @@ def bench_pool_list(benchmark: object, measure: Callable[..., None], place: Plac
         domain.refresh()
         volume.records_of(domain)
 
-    measure(_counted(benchmark, place, run), who="qcowlib", amount=count, unit="volume")
+    measure(_counted(benchmark, place, run, _READ), who="qcowlib", amount=count, unit="volume")
     place.destroy(domain)
 
 
@@ -138,7 +148,11 @@ def bench_pool_snapshot(benchmark: object, measure: Callable[..., None], place: 
     benchmark.group = f"pool, {place.kind}: snapshot"  # type: ignore[attr-defined]
     domain = place.create()
     spec = place.disk(domain)
-    run = _counted(benchmark, place, lambda: snapshot.create_snapshot(place.token, domain, spec.image, ctime=0))
+
+    def take() -> None:
+        snapshot.create_snapshot(place.token, domain, spec.image, ctime=0)
+
+    run = _counted(benchmark, place, take, _CREATE_VOLUME)
     measure(run, who="qcowlib")
     place.destroy(domain)
 
@@ -156,5 +170,5 @@ def bench_pool_open_chain(benchmark: object, measure: Callable[..., None], place
         with volume.open_image(domain, image_group.ImageGroup.load(domain, spec.image).leaf()) as image:
             image.pread(512, 0)
 
-    measure(_counted(benchmark, place, run), who="qcowlib")
+    measure(_counted(benchmark, place, run, _READ), who="qcowlib")
     place.destroy(domain)

@@ -20,17 +20,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import struct
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-from qcowlib.errors import StorageError
+from qcowlib.errors import StorageError, printable
 from qcowlib.storage.file import FileStorage
 from storage_pool.errors import MetadataError
 from storage_pool.lease_records import Leader, SafeleaseTag, parse_leader
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
-from .errors import LeaseError, LeaseHeld
+from .errors import LeaseError, LeaseHeld, LeaseLost
 from .proof import LeaseProof
 from .timing import LeaseTiming
 
@@ -57,6 +59,9 @@ struct sanlk_host { uint64_t host_id; uint64_t generation; uint64_t timestamp; u
 int sanlock_register(void);
 int sanlock_acquire(int, int, uint32_t, int, struct sanlk_resource **, void *);
 int sanlock_release(int, int, uint32_t, int, struct sanlk_resource **);
+int sanlock_inquire(int, int, uint32_t, int *, char **);
+int sanlock_set_lvb(uint32_t, struct sanlk_resource *, char *, int);
+int sanlock_get_lvb(uint32_t, struct sanlk_resource *, char *, int);
 int sanlock_killpath(int, uint32_t, const char *, char *);
 int sanlock_add_lockspace_timeout(struct sanlk_lockspace *, uint32_t, uint32_t);
 int sanlock_rem_lockspace(struct sanlk_lockspace *, uint32_t);
@@ -65,6 +70,7 @@ int sanlock_get_hosts(const char *, uint64_t, struct sanlk_host **, int *, uint3
 void free(void *);
 """
 _RES_SHARED: Final = 0x4
+_ACQUIRE_VALUE: Final = 0x1
 _POOL_LEASE: Final = "SDM"
 
 
@@ -83,8 +89,17 @@ class SanlockClient(Protocol):
     def has_lockspace(self, name: str, host_id: int, area: LeaseArea) -> bool:
         """Whether the daemon holds the host id now."""
 
-    def acquire(self, connection: int, lease: Lease, shared: bool) -> None:
-        """Acquire for this process."""
+    def acquire(self, connection: int, lease: Lease, shared: bool, value: bool = False) -> None:
+        """Acquire for this process, with the right to the lease's *value* too."""
+
+    def inquire(self, connection: int) -> list[Lease]:
+        """Return what this process holds, from the daemon's memory."""
+
+    def set_value(self, lease: Lease, data: bytes) -> None:
+        """Set the value of a lease that is held with it; it is stored at the release."""
+
+    def get_value(self, lease: Lease, size: int) -> bytes:
+        """Return the value as it was when the lease was acquired."""
 
     def release(self, connection: int, lease: Lease) -> None:
         """Release what this process holds."""
@@ -128,10 +143,25 @@ class ModuleClient:
         """See :class:`SanlockClient`."""
         return self._call("inq_lockspace", name.encode(), host_id, area.path, area.offset) is True
 
-    def acquire(self, connection: int, lease: Lease, shared: bool) -> None:
+    def acquire(self, connection: int, lease: Lease, shared: bool, value: bool = False) -> None:
         """See :class:`SanlockClient`."""
         names = lease.lockspace.encode(), lease.name.encode()
-        self._call("acquire", *names, [tuple(lease.area)], slkfd=connection, shared=shared)
+        self._call("acquire", *names, [tuple(lease.area)], slkfd=connection, shared=shared, lvb=value)
+
+    def inquire(self, connection: int) -> list[Lease]:
+        """See :class:`SanlockClient`."""
+        held = self._call("inquire", slkfd=connection)
+        return [Lease(one["lockspace"].decode(), one["resource"].decode(), LeaseArea(*one["disks"][0])) for one in held]
+
+    def set_value(self, lease: Lease, data: bytes) -> None:
+        """See :class:`SanlockClient`."""
+        names = lease.lockspace.encode(), lease.name.encode()
+        self._call("set_lvb", *names, [tuple(lease.area)], data)
+
+    def get_value(self, lease: Lease, size: int) -> bytes:
+        """See :class:`SanlockClient`."""
+        names = lease.lockspace.encode(), lease.name.encode()
+        return bytes(self._call("get_lvb", *names, [tuple(lease.area)], size))
 
     def release(self, connection: int, lease: Lease) -> None:
         """See :class:`SanlockClient`."""
@@ -221,11 +251,37 @@ class LibraryClient:
             self._checked("inq_lockspace", result)
         return bool(result == 0)
 
-    def acquire(self, connection: int, lease: Lease, shared: bool) -> None:
+    def acquire(self, connection: int, lease: Lease, shared: bool, value: bool = False) -> None:
         """See :class:`SanlockClient`."""
         resource, array = self._resource(lease)
         resource.flags = _RES_SHARED if shared else 0
-        self._checked("acquire", self._lib.sanlock_acquire(connection, -1, 0, 1, array, self._ffi.NULL))
+        flags = _ACQUIRE_VALUE if value else 0
+        self._checked("acquire", self._lib.sanlock_acquire(connection, -1, flags, 1, array, self._ffi.NULL))
+
+    def inquire(self, connection: int) -> list[Lease]:
+        """See :class:`SanlockClient`."""
+        count = self._ffi.new("int *")
+        state = self._ffi.new("char **")
+        self._checked("inquire", self._lib.sanlock_inquire(connection, -1, 0, count, state))
+        if state[0] == self._ffi.NULL:
+            return []
+        try:
+            text = self._ffi.string(state[0]).decode()
+        finally:
+            self._libc.free(state[0])
+        return [_parse_state(one) for one in text.split(" ") if one]
+
+    def set_value(self, lease: Lease, data: bytes) -> None:
+        """See :class:`SanlockClient`."""
+        resource, _array = self._resource(lease)
+        self._checked("set_lvb", self._lib.sanlock_set_lvb(0, resource, self._ffi.from_buffer(data), len(data)))
+
+    def get_value(self, lease: Lease, size: int) -> bytes:
+        """See :class:`SanlockClient`."""
+        resource, _array = self._resource(lease)
+        data = self._ffi.new("char[]", size)
+        self._checked("get_lvb", self._lib.sanlock_get_lvb(0, resource, data, size))
+        return bytes(self._ffi.buffer(data, size))
 
     def release(self, connection: int, lease: Lease) -> None:
         """See :class:`SanlockClient`."""
@@ -271,6 +327,15 @@ def _sized(text: str, limit: int) -> tuple[bytes, int]:
     return data, len(data)
 
 
+def _parse_state(text: str) -> Lease:
+    """Read what the daemon says of a lease: lockspace, name, path, offset, flags and version; colons are escaped."""
+    parts = re.split(r"(?<!\\):", text)
+    if len(parts) < 4 or not parts[3].isdecimal():
+        raise LeaseError(f"sanlock: inquire answered {printable(text[:100])}")
+    lockspace, name, path = (part.replace("\\:", ":") for part in parts[:3])
+    return Lease(lockspace, name, LeaseArea(path, int(parts[3])))
+
+
 def make_client() -> SanlockClient:
     """Return the client that this installation has.  Raises: LeaseError."""
     try:
@@ -306,6 +371,7 @@ class SanlockLeases:
         self._run_dir = run_dir
         self._connection = -1
         self._joined: dict[str, tuple[int, LeaseArea]] = {}
+        self._held: set[Lease] = set()
 
     def _select(self) -> SanlockClient:
         if self._run_dir is not None:
@@ -313,7 +379,16 @@ class SanlockLeases:
         return self.client
 
     def fileno(self) -> int:
-        """Return the connection, made when first asked for; helper programs inherit it."""
+        """Return the connection, made when first asked for; helper programs inherit it.
+
+        One that broke is made anew while no lease is held.
+        Raises: LeaseLost when one is, for the daemon no longer counts it as this process's.
+        """
+        if self._connection >= 0 and not self.connected():
+            if self._held:
+                names = ", ".join(sorted(lease.name for lease in self._held))
+                raise LeaseLost(f"the connection to the lease manager broke while {names} was held")
+            self.close()
         if self._connection < 0:
             self._connection = self._select().register()
         return self._connection
@@ -331,6 +406,7 @@ class SanlockLeases:
         if self._connection >= 0:
             os.close(self._connection)
             self._connection = -1
+        self._held.clear()
 
     def drop(self, lease: Lease) -> None:
         """See :class:`~spm.proof.ProvingLeases`; the daemon frees the lease when it sees the connection closed."""
@@ -363,18 +439,19 @@ class SanlockLeases:
         flags = self._select().all_flags(lockspace)
         return sorted(number for number, value in flags.items() if _STATES.get(value & _STATE_MASK) == "live")
 
-    def acquire(self, lease: Lease, *, shared: bool = False) -> LeaseOwner:
-        """See :class:`~storage_pool.leases.Leases`."""
+    def acquire(self, lease: Lease, *, shared: bool = False, value: bool = False) -> LeaseOwner:
+        """See :class:`~storage_pool.leases.Leases`; with *value* also :meth:`get_value` and :meth:`set_value`."""
         host_id, _ = self._own(lease.lockspace)
         self._refuse_older_form(lease)
         try:
-            self._select().acquire(self.fileno(), lease, shared)
+            self._select().acquire(self.fileno(), lease, shared, value)
         except LeaseError as error:
             if error.code in _HELD:
                 raise LeaseHeld(f"the lease {lease.name} is held") from error
             if not self.connected():
                 self.close()
             raise
+        self._held.add(lease)
         leader = self._leader(lease)
         return LeaseOwner(host_id, self._delta(lease.lockspace, host_id).owner_generation, leader.version)
 
@@ -401,6 +478,39 @@ class SanlockLeases:
         except LeaseError as error:
             if error.code not in (-1, -errno.ENOENT):
                 raise
+        self._held.discard(lease)
+
+    def held(self) -> list[Lease]:
+        """Return the leases of this process as the daemon has them.  Raises: LeaseError, also for a passing reason."""
+        return self._select().inquire(self.fileno())
+
+    def set_value(self, lease: Lease, data: bytes) -> None:
+        """Set the value block of a held lease, at most a sector; others see it after the release.
+
+        Raises: LeaseError, also when the lease was acquired without its value.
+        """
+        self._bounded(len(data))
+        self._select().set_value(lease, data)
+
+    def get_value(self, lease: Lease, size: int = 512) -> bytes:
+        """Return *size* bytes of the value block of a held lease; zeros if nobody set it.  Raises: LeaseError."""
+        self._bounded(size)
+        return self._select().get_value(lease, size)
+
+    @staticmethod
+    def _bounded(size: int) -> None:
+        if not 0 < size <= max(_SECTORS):
+            raise LeaseError(f"the value of a lease has 1 to {max(_SECTORS)} bytes, not {size}")
+
+    def on_loss(self, program: str, arguments: Sequence[str] = ()) -> None:
+        """Have the daemon run *program* first, instead of a signal, when the leases of this process are lost.
+
+        If the leases are not free a while later the daemon kills this process
+        all the same.  Raises: LeaseError.
+        """
+        if not program.startswith("/") or any(character in program for character in " \0"):
+            raise LeaseError(f"no program for the lease manager: {printable(program)}")
+        self._select().killpath(self.fileno(), program, list(arguments))
 
     def owner(self, lease: Lease) -> LeaseOwner | None:
         """See :class:`~storage_pool.leases.Leases`."""

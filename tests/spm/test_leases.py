@@ -4,16 +4,17 @@
 
 import contextlib
 import os
+import socket
 import time
 from typing import NamedTuple
 
 import pytest
 
 from spm.embedded import EmbeddedLeases, live_hosts
-from spm.errors import LeaseError, LeaseHeld
+from spm.errors import LeaseError, LeaseHeld, LeaseLost
 from spm.lease_watch import LeaseToken, LeaseWatch
 from spm.proof import ProvingLeases
-from spm.sanlock import SanlockLeases
+from spm.sanlock import SanlockLeases, _parse_state
 from spm.testing.leases import SimHost, SimLeases, SimSpace
 from spm.timing import LeaseTiming
 from storage_pool.ids import make_id
@@ -78,6 +79,10 @@ def make_simulated():
 
 
 SANLOCK = pytest.mark.real("sanlock")
+#: What only the daemon has, through both bindings.
+BOTH = pytest.mark.parametrize(
+    "setup", [pytest.param("module", marks=SANLOCK), pytest.param("library", marks=SANLOCK)], indirect=True
+)
 
 
 @pytest.fixture(
@@ -85,7 +90,10 @@ SANLOCK = pytest.mark.real("sanlock")
     params=[
         pytest.param("module", marks=SANLOCK),
         pytest.param("library", marks=SANLOCK),
-        pytest.param("library-4k", marks=SANLOCK),
+        pytest.param("library-1", marks=SANLOCK),
+        pytest.param("library-2", marks=SANLOCK),
+        pytest.param("library-4", marks=SANLOCK),
+        pytest.param("library-8", marks=SANLOCK),
         "embedded",
         "simulated",
     ],
@@ -93,7 +101,7 @@ SANLOCK = pytest.mark.real("sanlock")
 def setup(request, tmp_path_factory, run_dirs):
     tmp_path = tmp_path_factory.mktemp("leases")
     name, _, sectors = request.param.partition("-")
-    layout = {"block_size": 4096, "alignment": 8 * MIB} if sectors else {}
+    layout = {"block_size": 4096, "alignment": int(sectors) * MIB} if sectors else {}
     if name == "embedded":
         made = make_embedded(tmp_path)
     elif name == "simulated":
@@ -186,6 +194,85 @@ def test_ls09_connection_of_a_daemon_that_died_is_noticed_at_once(tmp_path, run_
         daemon.wait()
         assert not setup.leases.connected()
     setup.leases.close()
+
+
+@BOTH
+def test_ls11_inquire_lists_what_is_held(setup):
+    leases = setup.leases
+    assert leases.held() == []
+    leases.acquire(setup.volume)
+    leases.acquire(setup.sdm)
+    assert sorted(leases.held()) == sorted([setup.volume, setup.sdm])
+    leases.release(setup.volume)
+    leases.release(setup.sdm)
+    assert leases.held() == []
+
+
+@BOTH
+def test_ls13_value_block_is_empty_at_first_and_stays_what_was_set(setup):
+    leases = setup.leases
+    leases.acquire(setup.sdm)
+    leases.acquire(setup.volume, value=True)
+    assert leases.get_value(setup.volume) == bytes(512)
+    leases.set_value(setup.volume, b"job".ljust(512, b"\0"))
+    with pytest.raises(LeaseError, match="set_lvb failed"):
+        leases.set_value(setup.sdm, bytes(512))
+    for size in (0, 4097):
+        with pytest.raises(LeaseError, match="1 to 4096 bytes"):
+            leases.get_value(setup.volume, size)
+    leases.release(setup.volume)
+    leases.acquire(setup.volume, value=True)
+    assert leases.get_value(setup.volume) == b"job".ljust(512, b"\0")
+    leases.set_value(setup.volume, bytes(512))
+    leases.release(setup.volume)
+    leases.release(setup.sdm)
+
+
+@BOTH
+def test_ls09_broken_connection_is_made_anew_unless_a_lease_is_held(setup):
+    leases = setup.leases
+    leases.acquire(setup.sdm)
+    for held in (True, False):
+        with socket.socket(fileno=os.dup(leases.fileno())) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+        assert not leases.connected()
+        if held:
+            with pytest.raises(LeaseLost, match="broke while SDM was held"):
+                leases.held()
+            leases.close()
+            wait_until_free(leases, setup.sdm)
+        leases.acquire(setup.sdm)
+        leases.release(setup.sdm)
+
+
+def wait_until_free(leases, lease):
+    while leases.owner(lease) is not None:
+        os.sched_yield()
+
+
+@pytest.mark.real("sanlock")
+def test_ls11_temporary_error_is_raised_as_such(tmp_path, run_dirs):
+    leases = SanlockLeases(library_client(tmp_path), TIMING, str(run_dirs()))
+    with pytest.raises(LeaseError) as error:
+        leases.held()
+    assert error.value.code < 0 and not isinstance(error.value, LeaseLost)
+
+
+@pytest.mark.parametrize(
+    ("text", "lease"),
+    [
+        ("space:SDM:/dev/x:1048576:3", Lease("space", "SDM", LeaseArea("/dev/x", 1 << 20))),
+        ("s:v:/srv/a\\:b/ids:0:SH:7", Lease("s", "v", LeaseArea("/srv/a:b/ids", 0))),
+    ],
+)
+def test_ls11_answer_of_inquire_is_read_with_escaped_colons(text, lease):
+    assert _parse_state(text) == lease
+
+
+@pytest.mark.parametrize("text", ["", "a:b:c", "a:b:c:d", "\0:::"])
+def test_ls11_other_answers_are_an_error(text):
+    with pytest.raises(LeaseError, match="inquire answered"):
+        _parse_state(text)
 
 
 @pytest.mark.real("sanlock")

@@ -89,9 +89,7 @@ def merge(
     use; Cancelled; any error of opening; StorageError.
     """
     control = Control(progress=progress, cancel=cancel, rate=rate, workers=workers, memory=memory)
-    new = None if target is None else _New(os.fspath(target), target_format, dict(options))
-    if new is None and options:
-        raise UsageError("options of a new image need a target")
+    new = _new_target(target, target_format, options)
     part = _Part(os.fspath(path), format, lowest, highest, references, cache, secret)
     record = _Record.find(part, new, journal)
     if record.state != "linking":
@@ -116,7 +114,7 @@ def plan_merge(
 
     Raises: as :func:`merge`.
     """
-    new = None if target is None else _New(os.fspath(target), target_format, dict(options))
+    new = _new_target(target, target_format, options)
     part = _Part(os.fspath(path), format, lowest, highest, references, "writeback", secret)
     with ExitStack() as stack:
         source, above = part.open(stack, lock=False)
@@ -149,6 +147,17 @@ class _New(NamedTuple):
     path: str
     format: Format
     options: dict[str, object]
+
+
+def _new_target(target: str | os.PathLike[str] | None, format: Format, options: Mapping[str, object]) -> _New | None:
+    """Return the new image that is asked for.  Raises: UsageError."""
+    if target is None:
+        if options:
+            raise UsageError("options of a new image need a target")
+        return None
+    if options.get("data_file") is not None:
+        raise UsageError("the result of a merge is one file, without an external data file", path=os.fspath(target))
+    return _New(os.fspath(target), format, dict(options))
 
 
 class _Part:
@@ -255,7 +264,17 @@ def _measure(part: _Part, new: _New | None, source: Image, stack: ExitStack) -> 
         below = part.references.open("backing", name, owner.storage.name, writable=False, cache=part.cache)
         shadow = ShadowStorage(below, name=place.path)
         stack.callback(below.close)
-        target = open_image(shadow, "r+", format="qcow2", references=part.references, secret=part.secret, lock=False)
+        # The guest's bytes of a base with an external data file are there: the trial must not reach them either.
+        data = ShadowStorage(layer.data, name=layer.data.name) if layer.header.has_data_file else None
+        target = open_image(
+            shadow,
+            "r+",
+            format="qcow2",
+            references=part.references,
+            secret=part.secret,
+            data_file=data,
+            lock=False,
+        )
         return target.size, measure_merge(source, part.low, target, shadow, part.secret)
     shadow = ShadowStorage(None, name=new.path)
     _create(part, new, shadow, source.size)

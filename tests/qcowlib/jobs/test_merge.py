@@ -339,3 +339,23 @@ class Device:
             if name == "base"
             else qcowlib.qemu_like.open("backing", name, owner, writable=writable, cache="writeback")
         )
+
+
+def test_plan_changes_no_byte_of_an_external_data_file(tmp_path: Path) -> None:
+    base, top, data = tmp_path / "base", tmp_path / "top", tmp_path / "data"
+    qcowlib.create(base, 4 << 20, data_file=str(data), data_file_raw=True)
+    with qcowlib.open(base, "r+") as image:
+        image.pwrite(b"base" * 100_000, 0)
+    qcowlib.create(top, None, backing=base, backing_format="qcow2")
+    with qcowlib.open(top, "r+") as image:
+        image.pwrite(b"top!" * 50_000, 65536)
+        wanted = image.pread(image.size, 0)
+    before = [path.read_bytes() for path in (base, top, data)]
+    qcowlib.plan_merge(top)
+    assert [path.read_bytes() for path in (base, top, data)] == before
+    qcowlib.merge(top)
+    with qcowlib.open(base) as image:
+        assert image.pread(image.size, 0) == wanted
+    with pytest.raises(qcowlib.UsageError, match="one file"):
+        qcowlib.plan_merge(top, target=tmp_path / "new", data_file=str(tmp_path / "new-data"))
+    assert not (tmp_path / "new-data").exists()

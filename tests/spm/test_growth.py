@@ -18,6 +18,7 @@ from qcowlib.units import MiB
 from spm.growth import GrowingStorage
 from storage_pool.block_domain import BlockDomain
 from storage_pool.block_group import create_block_domain
+from storage_pool.check import check_domain
 from storage_pool.embedded import FileToken
 from storage_pool.ids import make_id
 from storage_pool.lease_records import lockspace_area
@@ -134,16 +135,18 @@ def test_writer_at_full_speed_never_runs_out(tmp_path, run_dirs, chunk_mib):
             run_dir = run_dirs()
             stack.enter_context(sanlock_daemon(run_dir, f"host{number}"))
             words = ["--place", tmp_path, "--device", devices[number], "--sanlock-run-dir", run_dir]
-            words += ["--io-timeout", IO_TIMEOUT_S, *(["--contend"] if number == 1 else [])]
+            words += ["--io-timeout", IO_TIMEOUT_S, "--contend"]
             environment = {
                 "LVM_SYSTEM_DIR": str(tmp_path / f"host{number}/lvm"),
                 "QPOOL_LVM_LOCKING_DIR": str(tmp_path / f"host{number}/lock"),
             }
             hosts.append(Host(stack, tmp_path, uuid, number, *words, environment=environment))
-        wait_for(lambda: manager(hosts), 60, hosts)
-        wait_for(lambda: hosts[1].lines() and hosts[1].lines()[-1]["lockspace"] == "joined", 60, hosts)
+        first = wait_for(lambda: manager(hosts), 60, hosts)
+        (other,) = [host for host in hosts if host is not first]
+        wait_for(lambda: other.lines() and other.lines()[-1]["lockspace"] == "joined", 60, hosts)
         total = 600
-        command = [sys.executable, WRITER, tmp_path / "host2", devices[2], uuid, spec.volume, hosts[1].socket]
+        number = other.number
+        command = [sys.executable, WRITER, tmp_path / f"host{number}", devices[number], uuid, spec.volume, other.socket]
         done = subprocess.run(
             [str(word) for word in (*command, total, chunk_mib, 50)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -161,3 +164,8 @@ def test_writer_at_full_speed_never_runs_out(tmp_path, run_dirs, chunk_mib):
             for number in (0, 1, 127, 128, 255, 256, total - 1):
                 assert image.pread(8, number * MiB) == number.to_bytes(8, "big")
             assert image.check().clean
+        # The manager of a pool on a volume group is killed too, and the other host follows.
+        first.process.kill()
+        wait_for(lambda: manager([other]), 90, hosts)
+        assert other.lines()[-1]["lver"] == 2
+        assert check_domain(fresh).clean

@@ -41,6 +41,13 @@ def new_condition() -> threading.Condition:
     return threading.Condition(threading.Lock())
 
 
+def thread_id() -> int:
+    """Return a number that no other living thread has."""
+    import threading
+
+    return threading.get_ident()
+
+
 def pause() -> None:
     """Give other threads a moment: for waits that are rare and short, and have nobody to wake them."""
     time.sleep(0.001)

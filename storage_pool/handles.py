@@ -22,6 +22,7 @@ from .domain import Domain
 from .errors import Illegal, NotFound, printable
 from .file_domain import FileDomain
 from .ids import BLANK, make_id
+from .locking import Locks, Wanted
 from .metadata_volume import PREALLOCATED, RAW, SHARED, SPARSE, VolumeMetadata
 from .sizes import CHUNK
 from .space import Space, SpacePolicy, account
@@ -51,7 +52,7 @@ class Context:
     how to *find* an open domain by UUID.
     """
 
-    __slots__ = ("_take", "_token", "find", "now", "space")
+    __slots__ = ("_locks", "_take", "_token", "find", "now", "space")
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Context:
     ) -> None:
         self._take = take
         self._token: SpmToken | None = None
+        self._locks = Locks()
         self.now = now
         self.space = space
         self.find = find
@@ -74,8 +76,10 @@ class Context:
         return self._token
 
     def change(self, work: Callable[Concatenate[SpmToken, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Do *work* with the right to change before its other arguments."""
-        return work(self.token, *args, **kwargs)
+        """Do *work* with the right to change before its other arguments; other threads leave its domains alone."""
+        domains = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, FileDomain | BlockDomain))
+        with self._locks.guard(Wanted(domain.uuid) for domain in domains):
+            return work(self.token, *args, **kwargs)
 
 
 class EngineDomain:

@@ -208,8 +208,6 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
     from storage_pool.cli.main import main
     from storage_pool.engine import Engine
     from storage_pool.lvm import has_device_mapper
-    from storage_pool.monitor import DomainMonitor
-    from storage_pool.process import SystemRunner
 
     if not isinstance(timing, LeaseTiming):
         raise TypeError("a timing is needed")
@@ -248,13 +246,7 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
         service.killers[:] = [runner.kill]
         return main(argv, token=token, runner=runner)
 
-    def watch(uuid: str) -> DomainMonitor:
-        def opened() -> object:
-            return place.engine(None, SystemRunner()).domain(uuid).domain
-
-        return DomainMonitor(uuid, opened, clock)  # type: ignore[arg-type]
-
-    monitors = Monitors(watch, place.members, max(1.0, timing.io_timeout_s))
+    monitors = Monitors(place.monitor, place.members, max(1.0, timing.io_timeout_s))
 
     def open_client(answered: Callable[[Reply], None]) -> ExtensionClient:
         inbox, outbox = open_mailbox(place.open_master(), serving=False)

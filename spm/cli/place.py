@@ -32,6 +32,7 @@ from storage_pool.handles import AnyDomain
 from storage_pool.ids import is_id
 from storage_pool.leases import Lease, LeaseArea
 from storage_pool.lvm import Lvm, LvmHost
+from storage_pool.monitor import DomainMonitor
 from storage_pool.process import ProcessRunner, SystemRunner
 
 __all__ = ["Place", "clock", "lease_manager", "pool_lease"]
@@ -79,6 +80,10 @@ class Place(NamedTuple):
     def engine(self, token: LeaseToken | None, runner: ProcessRunner) -> Engine:
         """Return the engine of all domains here."""
         return connect(self.folder, lvm=self.lvm(runner), token=token, runner=runner)
+
+    def monitor(self, uuid: str) -> DomainMonitor:
+        """Return what watches the domain *uuid*."""
+        return DomainMonitor(uuid, lambda: self.engine(None, SystemRunner()).domain(uuid).domain, clock)
 
     def members(self) -> list[str]:
         """Return the UUIDs of the pool's active domains."""

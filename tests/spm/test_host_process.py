@@ -269,3 +269,18 @@ def test_three_hosts_one_manager_killed_another_ends_its_work(tmp_path, run_dirs
         assert [lver for _, lver in terms] == [1, 2]
         second.process.terminate()
         assert second.process.wait(60) == 0
+
+
+def test_mb09_threads_of_a_host_end_when_it_is_stopped(tmp_path):
+    master = make_pool(tmp_path)
+    with contextlib.ExitStack() as stack:
+        host = Host(stack, tmp_path, master, 1, "--lock-folder", tmp_path / "locks", "--contend")
+        wait_for(lambda: host.role() == "SPM")
+        body = {"domain": master.name, "volume": make_id(), "size_mib": 64}
+        code, text = ask(host.socket, "/extend", body)
+        assert code == 409 and "did not extend" in text
+        tasks = Path(f"/proc/{host.process.pid}/task")
+        names = {(task / "comm").read_text().strip() for task in tasks.iterdir()}
+        assert len(list(tasks.iterdir())) > 3, names
+        host.process.terminate()
+        assert host.process.wait(30) == 0

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import qcowlib
 from qcowlib.cli.demo import Demo, Figures, Problem, Step
+from qcowlib.cli.demo_beyond import carry_difference, draw_picture, find_silent_damage, salvage_damaged
 from qcowlib.cli.demo_nbd import serve_disk
 from qcowlib.errors import Error
 from qcowlib.inspection import inspect
@@ -444,6 +445,10 @@ STEPS = (
     Step("chain of layers", layer_chain),
     Step("layers merged into one", merge_layers),
     Step("a file compacted in place", compact_image),
+    Step("a difference as a stream, applied elsewhere", carry_difference),
+    Step("silent damage found and mended", find_silent_damage),
+    Step("what a damaged image still holds", salvage_damaged),
+    Step("a picture of 1 TiB", draw_picture),
     Step("kill -9 in the middle of a write load", kill_writer),
     Step("images from strangers", refuse_hostile),
     Step("served over NBD", serve_disk),

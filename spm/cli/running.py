@@ -99,30 +99,50 @@ class Mailbox:
         self._client: ExtensionClient | None = None
         self._lock = threading.Condition()
         self._answers: dict[tuple[str, str], int] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def extend(self, request: ExtendRequest, limit_s: float) -> int:
-        """Ask, wait for the answer, and return it: a size in MiB, 0 for failure.  Raises: StorageError."""
+        """Ask, wait for the answer, and return it: a size in MiB, 0 for failure.  Raises: StorageError, UsageError."""
         with self._lock:
+            if self._stop.is_set():
+                raise UsageError("this host leaves the pool")
             if self._client is None:
                 self._client = self._open(self._answered)
                 self._client.start()
-                threading.Thread(target=self._exchange, args=(self._client,), name="mailbox", daemon=True).start()
+                self._thread = threading.Thread(target=self._exchange, args=(self._client,), name="mailbox", daemon=True)
+                self._thread.start()
             key = request.domain, request.volume
             self._answers.pop(key, None)
             self._client.post(request)
-            if not self._lock.wait_for(lambda: key in self._answers, limit_s):
-                return 0
-            return self._answers.pop(key)
+            self._lock.wait_for(lambda: key in self._answers or self._stop.is_set(), limit_s)
+            return self._answers.pop(key, 0)
+
+    def stop(self, limit_s: float) -> bool:
+        """Leave an empty box and end the thread, before the host id is given back; returns whether it did in time."""
+        self._stop.set()
+        # The lock is held during I/O, which may hang.
+        if not self._lock.acquire(timeout=limit_s):
+            return False
+        self._lock.notify_all()
+        thread = self._thread
+        self._lock.release()
+        if thread is None:
+            return True
+        thread.join(limit_s)
+        return not thread.is_alive()
 
     def _answered(self, reply: Reply) -> None:
         self._answers[reply.request.domain, reply.request.volume] = reply.size_mib
         self._lock.notify_all()
 
     def _exchange(self, client: ExtensionClient) -> None:
-        while True:
+        while not self._stop.is_set():
             with self._lock:
                 client.step(time.monotonic())
-            time.sleep(_MAIL_S)
+            self._stop.wait(_MAIL_S)
+        with self._lock, contextlib.suppress(Error, OSError):
+            client.stop()
 
 
 class HostLoop:
@@ -162,9 +182,10 @@ class HostLoop:
             self.ended.set()
 
     def leave(self) -> bool:
-        """Have the host leave; returns whether it did within its time."""
+        """Have the host leave, its box first: it belongs to the host id; returns whether both ended in time."""
+        emptied = self._mailbox is None or self._mailbox.stop(_LEAVE_S / 4)
         self._orders.put(None)
-        return self.ended.wait(_LEAVE_S)
+        return self.ended.wait(_LEAVE_S) and emptied
 
     # -- what others ask -----------------------------------------------------------
 

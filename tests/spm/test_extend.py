@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests for room through the mailbox volumes, from a host's step to the manager's and back."""
 
+import threading
+
 import pytest
 
-from qcowlib.errors import StorageError
+from qcowlib.errors import StorageError, UsageError
 from qcowlib.storage.memory import MemoryStorage
+from spm.cli.running import Mailbox
 from spm.errors import LeaseLost
 from spm.extend import ExtensionClient, ExtensionServer
 from spm.mailbox import BOX_SIZE, EMPTY_BOX, ExtendRequest
@@ -155,3 +158,31 @@ def test_stopped_host_leaves_an_empty_box(world):
     page = bytearray(BOX_SIZE)
     world.inbox.read_into(7 * BOX_SIZE, [page])
     assert bytes(page) == EMPTY_BOX
+
+
+def test_mb09_thread_ends_when_stopped_and_who_waits_is_told(world, monkeypatch):
+    sent, step = threading.Event(), world.client.step
+    monkeypatch.setattr(world.client, "step", lambda now_s: step(now_s) and sent.set())
+    before = set(threading.enumerate())
+    mailbox = Mailbox(lambda answered: world.client)
+    (volume,) = world.volumes
+    request = ExtendRequest(make_id(), volume, 2048)
+    answers = []
+    # Nobody serves: without the stop this waits for its limit.
+    waiting = threading.Thread(target=lambda: answers.append(mailbox.extend(request, 3600.0)))
+    waiting.start()
+    assert sent.wait(60.0)
+    page = bytearray(BOX_SIZE)
+    world.inbox.read_into(7 * BOX_SIZE, [page])
+    assert bytes(page) != EMPTY_BOX
+    assert mailbox.stop(60.0)
+    waiting.join(60.0)
+    assert answers == [0] and set(threading.enumerate()) == before
+    world.inbox.read_into(7 * BOX_SIZE, [page])
+    assert bytes(page) == EMPTY_BOX
+    with pytest.raises(UsageError, match="leaves the pool"):
+        mailbox.extend(request, 1.0)
+
+
+def test_mb09_box_that_was_never_used_has_nothing_to_stop():
+    assert Mailbox(lambda answered: None).stop(1.0)

@@ -156,6 +156,7 @@ def test_writer_at_full_speed_never_runs_out(tmp_path, run_dirs, chunk_mib):
             check=False,
         )
         assert done.returncode == 0, done.stderr + "".join(host.output.read_text() for host in hosts)
+        print(f"chunk {chunk_mib} MiB: {done.stdout}")
         growth = json.loads(done.stdout)
         assert growth["requests"] >= 1
         fresh = BlockDomain.open(local_lvm(tmp_path / "host0", [devices[0]]), uuid)

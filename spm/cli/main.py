@@ -13,13 +13,15 @@ from spm.cli import cmd_demo, cmd_host
 from storage_pool.cli import cmd_demo as pool_demo
 from storage_pool.cli.main import MODULES, main
 
-__all__ = ["entry"]
+__all__ = ["SUBJECTS", "entry"]
+
+#: All subjects of the command.
+SUBJECTS = (*(module for module in MODULES if module is not pool_demo), cmd_host, cmd_demo)
 
 
 def entry() -> int:
     """Run the command with the arguments of the process."""
-    modules = [module for module in MODULES if module is not pool_demo]
-    return main(sys.argv[1:], (*modules, cmd_host, cmd_demo))
+    return main(sys.argv[1:], SUBJECTS)
 
 
 if __name__ == "__main__":

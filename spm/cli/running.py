@@ -110,7 +110,9 @@ class Mailbox:
             if self._client is None:
                 self._client = self._open(self._answered)
                 self._client.start()
-                self._thread = threading.Thread(target=self._exchange, args=(self._client,), name="mailbox", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._exchange, args=(self._client,), name="mailbox", daemon=True
+                )
                 self._thread.start()
             key = request.domain, request.volume
             self._answers.pop(key, None)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         ) -> None: ...
 
 
-__all__ = ["MODULES", "entry", "main"]
+__all__ = ["MODULES", "entry", "main", "make_parser"]
 
 MODULES: tuple[Subject, ...] = (cmd_domain, cmd_disk, cmd_exchange, cmd_pool, cmd_demo)
 
@@ -42,7 +42,8 @@ def entry() -> int:
     return main(sys.argv[1:])
 
 
-def _parser(modules: Iterable[Subject]) -> argparse.ArgumentParser:
+def make_parser(modules: Iterable[Subject]) -> argparse.ArgumentParser:
+    """Return the parser of the command with these subjects."""
     parser = argparse.ArgumentParser(prog="qpool", description="Storage domains of RHV and oVirt.")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", choices=("human", "json"), default="human", help="how to print the answer")
@@ -69,7 +70,7 @@ def main(
     *modules* are the subjects that there are.  With *token* changes are made by
     this right instead of the lock of this host, and programs run by *runner*.
     """
-    arguments = _parser(modules).parse_args(argv)
+    arguments = make_parser(modules).parse_args(argv)
     arguments.held, arguments.runner = token, runner
     output = Output(arguments.output == "json")
     try:

@@ -15,8 +15,10 @@ Records ascend and do not overlap.
 
 Invariants: nothing of a record is written before its checksums were right; a
 record is refused unless the target holds the old bytes or already the new
-ones, so a stream is applied to what it began from, or a second time after it
-was cut off, and to nothing else.
+ones, so a stream is applied to what it began from and to nothing else.  A
+journal beside the target (``.apply``), durable before the first change, tells
+that this stream was begun; only then may a range hold a mixture, which a cut
+left, and the same stream makes it whole.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from qcowlib.image import Image
 from qcowlib.image import open as open_image
 from qcowlib.jobs.creation import create
 from qcowlib.jobs.diff import DEFAULT_UNIT, PIECE, Unit, open_sides, walk
+from qcowlib.jobs.journal import read_journal, remove_journal, write_journal
 from qcowlib.jobs.pipeline import DEFAULT_MEMORY, Control
 
 if TYPE_CHECKING:
@@ -253,6 +256,11 @@ class _Reader:
         self._end = offset + length
         return _Record(kind, offset, length, old if flags & _HAS_OLD else None, data)
 
+    @property
+    def identity(self) -> str:
+        """What tells this stream from others: the digest of all that was taken."""
+        return self._digest.hexdigest()
+
     def _end_record(self, records: int, data: int) -> None:
         digest = self._digest.digest()
         if (records, data) != (self._records, self._data) or self._take(_DIGEST) != digest:
@@ -349,6 +357,9 @@ class _Apply:
         self.check = check
         self.control = control
         self.buffer = memoryview(bytearray(PIECE))
+        #: Beside a file only; a storage has no name that would be found again.
+        self.journal = f"{image.path}.apply" if os.path.isfile(image.path) else None  # noqa: PTH113
+        self.again = False
 
     def run(self) -> Applied:
         image, header, control = self.image, self.header, self.control
@@ -366,8 +377,12 @@ class _Apply:
         records = data = zeros = position = 0
         while (record := self.reader.next()) is not None:
             control.check()
-            if self.check and record.old_crc is not None:
+            if not records:
+                self._begin(self.reader.identity)
+            if self.check and record.old_crc is not None and not self.again:
                 self._check(record)
+            if not records and not self.again and self.journal is not None:
+                write_journal(self.journal, {"stream": self.reader.identity})
             if record.kind == b"DATA":
                 image.pwrite(record.data, record.offset)
                 data += record.length
@@ -382,8 +397,23 @@ class _Apply:
         if image.size > header.new_size:
             image.resize(header.new_size, shrink=True)
         image.flush()
+        if self.journal is not None and records:
+            remove_journal(self.journal)
         control.end()
         return Applied(records, data, zeros)
+
+    def _begin(self, identity: str) -> None:
+        """Find out whether this stream was begun here before.  Raises: UsageError where another one was."""
+        if self.journal is None:
+            return
+        found = read_journal(self.journal, "a stream")
+        if found is not None and found.get("stream") != identity:
+            raise UsageError(
+                "another stream was begun here and is not whole",
+                path=self.image.path,
+                hint=f"Apply that one first, or remove {self.journal} to leave it as it is.",
+            )
+        self.again = found is not None
 
     def _check(self, record: _Record) -> None:
         """Raise CorruptImage unless the target holds the old bytes of *record*, or the new ones."""

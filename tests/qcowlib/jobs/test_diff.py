@@ -20,6 +20,8 @@ import qcowlib
 from qcowlib.jobs.diff import Change, diff, diff_overlay
 from qcowlib.jobs.diff_stream import Applied, apply, read_diff, write_diff
 from qcowlib.storage.memory import MemoryStorage
+from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
+from qcowlib.testing.recorder import OpLog
 from tests.qcowlib.qemu import qemu_img
 
 SIZE = 3 << 20
@@ -236,6 +238,54 @@ def test_stream_cut_off_anywhere_is_told_and_finished_by_the_whole_one(tmp_path:
         assert content(target) == wanted
         apply(io.BytesIO(made), target)
         assert content(target) == wanted
+
+
+def test_stream_that_was_begun_is_ended_before_another(tmp_path: Path) -> None:
+    old, new = pair(tmp_path, 21, "copy")
+    made, wanted = stream_of(old, new), content(new)
+    other = stream_of(new, old)
+    with pytest.raises(qcowlib.CorruptImage):
+        apply(io.BytesIO(made[:-40]), old)
+    with pytest.raises(qcowlib.UsageError, match="another stream"):
+        apply(io.BytesIO(other), old)
+    # Half of a range was written when it was cut: neither old nor new.
+    first = read_first(made)
+    with qcowlib.open(old, "r+") as image:
+        image.pwrite(b"torn" * 100, first)
+    apply(io.BytesIO(made), old)
+    assert content(old) == wanted and not Path(f"{old}.apply").exists()
+    apply(io.BytesIO(other), old)
+
+
+def read_first(made: bytes) -> int:
+    """Return the guest offset of the first record."""
+    return int.from_bytes(made[56:64], "big")
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+def test_no_cut_keeps_a_stream_from_being_applied(tmp_path: Path, cluster_size: int) -> None:
+    rng = random.Random(cluster_size)
+    old, new = tmp_path / "old", tmp_path / "new"
+    qcowlib.create(old, 1 << 20, cluster_size=cluster_size)
+    scribble(old, rng, 4)
+    qcowlib.convert(old, new, cluster_size=cluster_size)
+    scribble(new, rng, 6)
+    made, wanted = stream_of(old, new), content(new)
+    storage, log = MemoryStorage(bytearray(old.read_bytes()), name="disk"), OpLog()
+    with qcowlib.open(log.record(storage), "r+", format="qcow2") as image:
+        apply(io.BytesIO(made), image)
+
+    def judge(state: CrashState) -> list[Finding]:
+        with qcowlib.open(MemoryStorage(bytearray(state.images[0])), "r+", format="qcow2") as image:
+            # As the journal of a file would tell.
+            apply(io.BytesIO(made), image, check=False)
+            report = image.check()
+            if image.pread(image.size, 0) != wanted or report.corruptions:
+                return [Finding("LOST", str(report.findings[:2]))]
+            return [Finding("LEAK", "")] if report.leaks else []
+
+    assert assert_crash_safe(log, judge, random_states=6).distinct > 10
 
 
 SMALL: dict[str, bytes] = {}

@@ -65,7 +65,7 @@ class CompactPlan(NamedTuple):
 
 
 def compact(
-    path: str | bytes | os.PathLike[str],
+    path: str | bytes | os.PathLike[str] | Storage,
     *,
     zeros: bool = False,
     cache: CacheMode = "writeback",
@@ -78,7 +78,9 @@ def compact(
     Leaked clusters are freed, with *zeros* also those of the top layer that
     hold zeros only; then the clusters behind the new end move into free ones
     below, the file is cut (a device is not: *new_size* is what it must keep)
-    and what is free below the end becomes holes.
+    and what is free below the end becomes holes.  A storage, such as the
+    extents of a logical volume, is treated as a device; the caller keeps it,
+    and keeps others away from it.
 
     Raises: UsageError for an image with errors (repair it first);
     UnsupportedFeature for raw, encrypted images and external data files; Busy;
@@ -87,6 +89,10 @@ def compact(
     from qcowlib.storage.imagelock import lock_image
 
     control = Control(progress=progress, cancel=cancel, rate=rate, workers=1)
+    if not isinstance(path, str | bytes | os.PathLike):
+        done = _compact(_Device(path), zeros, control, trial=False)  # type: ignore[arg-type]
+        control.end()
+        return done
     storage = FileStorage.open(path, writable=True, cache=cache)
     try:
         lock_image(storage.fileno(), storage.name, "write")
@@ -97,8 +103,11 @@ def compact(
     return done
 
 
-def plan_compact(path: str | bytes | os.PathLike[str], *, zeros: bool = False) -> CompactPlan:
+def plan_compact(path: str | bytes | os.PathLike[str] | Storage, *, zeros: bool = False) -> CompactPlan:
     """Tell what :func:`compact` would do; nothing is changed or locked.  Raises: as :func:`compact`."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        trial = _Device(ShadowStorage(path, name=path.name))
+        return _compact(trial, zeros, Control(workers=1), trial=True)  # type: ignore[arg-type]
     storage = FileStorage.open(path)
     try:
         shadow = ShadowStorage(storage, name=storage.name)
@@ -134,6 +143,12 @@ class _Kept:
 
     def close(self) -> None:
         """Leave it open."""
+
+
+class _Device(_Kept):
+    """A storage that is never cut, whatever it is made of."""
+
+    is_block = True
 
 
 def _compact(storage: Storage, zeros: bool, control: Control, *, trial: bool) -> CompactPlan:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import qcowlib
 from qcowlib.jobs.compact import compact, plan_compact
 from qcowlib.qcow2.compact import Compaction
 from qcowlib.qcow2.directories import read_header
+from qcowlib.storage.file import FileStorage
+from qcowlib.storage.linear import LinearStorage, Segment
 from qcowlib.storage.memory import MemoryStorage
 from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
 from qcowlib.testing.recorder import OpLog
@@ -203,3 +206,44 @@ def test_killed_while_it_moves_it_is_done_by_calling_again(tmp_path: Path, piece
     assert everything(path) == before
     assert path.stat().st_size == done.new_size
     qemu_img("check", path)
+
+
+def test_device_is_not_cut_and_told_what_it_must_keep() -> None:
+    rng = random.Random(31)
+    memory = MemoryStorage()
+    used_image(rng, memory, 512 * KiB, {"cluster_size": 4096})
+    while not Compaction(memory, read_header(memory)).plan().data:
+        memory = MemoryStorage()
+        used_image(rng, memory, 512 * KiB, {"cluster_size": 4096})
+    room = 4096 * 1024
+    disk = MemoryStorage(bytearray(memory.getvalue().ljust(room, b"\xee")))
+    volume = LinearStorage([Segment(disk, 0, room // 2), Segment(disk, room // 2, room // 2)])
+    expected = everything(memory)
+    plan = plan_compact(volume)
+    assert disk.getvalue()[: len(memory.getvalue())] == memory.getvalue()
+    done = compact(volume)
+    assert (done.new_size, done.moved) == (plan.new_size, plan.moved) and volume.size == room and done.moved
+    assert everything(volume) == expected
+    # What it need not keep is not needed.
+    kept = MemoryStorage(bytearray(disk.getvalue()[: done.new_size]))
+    assert everything(kept) == expected
+
+
+@pytest.mark.real("losetup", "qemu-img")
+@pytest.mark.bare
+def test_real_device_is_compacted(tmp_path: Path) -> None:
+    lun = tmp_path / "lun"
+    rng = random.Random(33)
+    memory = MemoryStorage()
+    used_image(rng, memory, 512 * KiB, {"cluster_size": 4096})
+    lun.write_bytes(memory.getvalue().ljust(8 << 20, b"\0"))
+    device = subprocess.run(["losetup", "-f", "--show", lun], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        plan = plan_compact(device)
+        done = compact(device)
+        assert done.new_size == plan.new_size < len(memory.getvalue())
+        qemu_img("check", "-f", "qcow2", device)
+        with closing(FileStorage.open(device)) as storage:
+            assert everything(storage) == everything(memory)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)

@@ -313,6 +313,7 @@ complete -c qcow -n '__fish_seen_subcommand_from overlay' -s F -x -a 'qcow2 raw 
 complete -c qcow -n '__fish_seen_subcommand_from overlay' -s s -l size -x -d 'virtual size (default: that of the backing file)'
 complete -c qcow -n '__fish_seen_subcommand_from overlay' -l count -x -d 'NAME has a %d (or %04d) for 1 to COUNT'
 complete -c qcow -n '__fish_seen_subcommand_from overlay' -l names -r -d 'take the names from FILE (-: standard input), one a line'
+complete -c qcow -n '__fish_seen_subcommand_from overlay' -l plan -d 'say which would be made; make none'
 complete -c qcow -n '__fish_seen_subcommand_from overlay' -s o -x -d 'options of the format, -o help lists them'
 complete -c qcow -n '__fish_seen_subcommand_from overlay' -s j -l jobs -x -d 'several images at a time, one line each'
 complete -c qcow -n '__fish_seen_subcommand_from overlay' -l output -x -a 'human json' -d 'human (default) or json'

@@ -66,7 +66,7 @@ SECTIONS = (
             "jobs/diff_stream.py": ("write_diff", "apply", "read_diff", "Applied"),
             "jobs/salvage.py": ("salvage", "Salvaged", "Lost"),
             "jobs/seal.py": ("seal", "Sealed", "verify", "Verified", "Damage", "heal", "diff_seals"),
-            "jobs/many.py": ("many", "Outcome", "images_in", "create_overlays"),
+            "jobs/many.py": ("many", "Outcome", "images_in", "create_overlays", "plan_overlays", "OverlaysPlan"),
             "nbd/server.py": ("serve", "NbdServer"),
             "nbd/export.py": ("Export",),
             "picture/survey.py": ("survey",),

@@ -337,6 +337,7 @@ if TYPE_CHECKING:
     merge = _in_thread(api.merge)
     plan_compact = _in_thread(api.plan_compact)
     plan_merge = _in_thread(api.plan_merge)
+    plan_overlays = _in_thread(api.plan_overlays)
     read_diff = _in_thread(api.read_diff)
     rebase = _in_thread(api.rebase)
     restore = _in_thread(api.restore)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.dd import dd
     from qcowlib.jobs.diff import Change, diff, diff_overlay
     from qcowlib.jobs.diff_stream import Applied, apply, read_diff, write_diff
-    from qcowlib.jobs.many import Outcome, create_overlays, images_in, many
+    from qcowlib.jobs.many import Outcome, OverlaysPlan, create_overlays, images_in, many, plan_overlays
     from qcowlib.jobs.measure import Measurement, measure
     from qcowlib.jobs.merge import merge, plan_merge
     from qcowlib.jobs.merge_plan import MergePlan, MergeSource
@@ -64,6 +64,7 @@ __all__ = [
     "MergeSource",
     "NbdServer",
     "Outcome",
+    "OverlaysPlan",
     "Panel",
     "Picture",
     "Report",
@@ -99,6 +100,7 @@ __all__ = [
     "open",
     "plan_compact",
     "plan_merge",
+    "plan_overlays",
     "qemu_like",
     "read_diff",
     "rebase",
@@ -135,6 +137,7 @@ _LATER = {
     "MergeSource": "jobs.merge_plan",
     "NbdServer": "nbd.server",
     "Outcome": "jobs.many",
+    "OverlaysPlan": "jobs.many",
     "Panel": "picture.panels",
     "Picture": "picture.panels",
     "Report": "qcow2.check",
@@ -167,6 +170,7 @@ _LATER = {
     "merge": "jobs.merge",
     "plan_compact": "jobs.compact",
     "plan_merge": "jobs.merge",
+    "plan_overlays": "jobs.many",
     "read_diff": "jobs.diff_stream",
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``overlay``: many overlays over one base in one call.
 
-Invariant: all of them are made, or none.
+Invariant: all of them are made, or none; with ``--plan`` none.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ COMMAND = Command(
         ),
         Option("", "count", "count", "NAME has a %d (or %04d) for 1 to COUNT", meta="COUNT", convert=_count),
         Option("", "names", "names", "take the names from FILE (-: standard input), one a line", meta="FILE"),
+        Option("", "plan", "plan", "say which would be made; make none"),
         options.list_option(),
         several.JOBS,
         options.OUTPUT,
@@ -60,7 +61,7 @@ COMMAND = Command(
 def run(args: Args, console: Console) -> int:
     """Run ``overlay``."""
     from qcowlib.cli.creation import job_options
-    from qcowlib.jobs.many import create_overlays
+    from qcowlib.jobs.many import create_overlays, plan_overlays
 
     backing, backing_format = args.text("backing"), args.text("backing-format")
     if backing is None or backing_format is None:
@@ -69,22 +70,33 @@ def run(args: Args, console: Console) -> int:
     values = OptionList(create_table("qcow2"))
     values.parse(args.texts("options"), console)
     as_json = options.wants_json(args)
+    only = args.flag("plan")
     try:
-        made = create_overlays(
+        plan = plan_overlays(
             backing,
             names,
             backing_format=backing_format,
             size=args.number("size"),
             references=references(),
-            workers=args.number("jobs"),
             **job_options(values),
         )
+        if not only:
+            create_overlays(
+                backing,
+                plan.paths,
+                backing_format=backing_format,
+                size=plan.size,
+                references=references(),
+                workers=args.number("jobs"),
+                **job_options(values),
+            )
     except Error as error:
         raise Failure(str(error), hint=f"{error.hint}\n" if error.hint else "") from None
     if as_json:
-        console.out(pretty({"backing-filename": backing, "overlays": made}))
+        console.out(pretty({"backing-filename": backing, "overlays": plan.paths, "virtual-size": plan.size}))
     elif not args.flag("quiet"):
-        console.out(f"{len(made)} overlays over {backing}\n")
+        would = " would be made" if only else ""
+        console.out(f"{len(plan.paths)} overlays over {backing}{would}\n")
     return 0
 
 

@@ -19,12 +19,12 @@ from typing import Final, Generic, NamedTuple, TypeVar, Unpack
 
 from qcowlib.errors import Cancelled, Error, UsageError
 from qcowlib.gate import References, qemu_like
-from qcowlib.jobs.creation import NewOptions, create, open_backing
+from qcowlib.jobs.creation import NewOptions, create, file_options, open_backing
 from qcowlib.jobs.pipeline import MAX_WORKERS
 from qcowlib.ondisk.header import is_qcow2
 from qcowlib.storage.file import FileStorage
 
-__all__ = ["Outcome", "create_overlays", "images_in", "many"]
+__all__ = ["Outcome", "OverlaysPlan", "create_overlays", "images_in", "many", "plan_overlays"]
 
 T = TypeVar("T")
 
@@ -115,6 +115,41 @@ def many(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+class OverlaysPlan(NamedTuple):
+    """What :func:`create_overlays` makes: *paths*, each of *size* bytes over *backing*."""
+
+    backing: str
+    size: int
+    paths: list[str]
+
+
+def plan_overlays(
+    backing: str | os.PathLike[str],
+    names: Iterable[str | os.PathLike[str]],
+    *,
+    backing_format: str,
+    size: int | None = None,
+    references: References = qemu_like,
+    **options: Unpack[NewOptions],
+) -> OverlaysPlan:
+    """Return what :func:`create_overlays` of the same arguments makes; nothing is made.
+
+    Raises: UsageError for a name that exists or comes twice, or options that
+    do not fit; any error of opening the backing file.
+    """
+    targets = [os.fspath(name) for name in names]
+    base = os.fspath(backing)
+    if len(set(targets)) < len(targets):
+        raise UsageError("two overlays have the same name")
+    for target in targets:
+        if os.path.lexists(target):
+            raise UsageError("the file exists already", path=target)
+    found = open_backing(base, backing_format, targets[0], references) if targets else 0
+    size = found if size is None else size
+    file_options(options, size, backing=base, backing_format=backing_format)
+    return OverlaysPlan(base, size, targets)
+
+
 def create_overlays(
     backing: str | os.PathLike[str],
     names: Iterable[str | os.PathLike[str]],
@@ -136,23 +171,14 @@ def create_overlays(
     comes twice; any error of opening the backing file; Cancelled, StorageError,
     after what was made is removed.
     """
-    targets = [os.fspath(name) for name in names]
-    base = os.fspath(backing)
-    if len(set(targets)) < len(targets):
-        raise UsageError("two overlays have the same name")
-    for target in targets:
-        if os.path.lexists(target):
-            raise UsageError("the file exists already", path=target)
-    if not targets:
-        return []
-    found = open_backing(base, backing_format, targets[0], references)
+    plan = plan_overlays(backing, names, backing_format=backing_format, size=size, references=references, **options)
     made: list[str] = []
 
     def make(target: str) -> None:
         create(
             target,
-            found if size is None else size,
-            backing=base,
+            plan.size,
+            backing=plan.backing,
             backing_format=backing_format,
             check_backing=False,
             **options,
@@ -160,7 +186,7 @@ def create_overlays(
         made.append(target)
 
     try:
-        for outcome in many(make, targets, workers=workers, cancel=cancel):
+        for outcome in many(make, plan.paths, workers=workers, cancel=cancel):
             if outcome.error is not None:
                 raise outcome.error
     except BaseException:
@@ -168,4 +194,4 @@ def create_overlays(
             with suppress(OSError):
                 os.unlink(target)  # noqa: PTH108
         raise
-    return targets
+    return plan.paths

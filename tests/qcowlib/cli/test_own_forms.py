@@ -193,6 +193,9 @@ def test_folder_of_images_is_described(qcow: Any, tmp_path: Path) -> None:
 
 def test_thousand_overlays_in_one_call(qcow: Any, tmp_path: Path) -> None:
     qcow("create", "-q", "-f", "qcow2", "base", "1M")
+    planned = qcow("overlay", "--plan", "-b", "base", "-F", "qcow2", "--count", "1000", "vm-%04d")
+    assert (planned.status, planned.out) == (0, "1000 overlays over base would be made\n")
+    assert not list(tmp_path.glob("vm-*"))
     outcome = qcow("overlay", "-b", "base", "-F", "qcow2", "--count", "1000", "vm-%04d")
     assert (outcome.status, outcome.out) == (0, "1000 overlays over base\n")
     assert len(list(tmp_path.glob("vm-*"))) == 1000
@@ -200,7 +203,7 @@ def test_thousand_overlays_in_one_call(qcow: Any, tmp_path: Path) -> None:
     assert qcow("overlay", "-b", "base", "-F", "qcow2", "--count", "3", "x%s").status == 1
     (tmp_path / "names").write_text("one\ntwo\n")
     made = json.loads(qcow("overlay", "-b", "base", "-F", "qcow2", "--names", "names", "--output=json").out)
-    assert made["overlays"] == ["one", "two"]
+    assert made == {"backing-filename": "base", "overlays": ["one", "two"], "virtual-size": 1 << 20}
 
 
 def test_diff_says_what_differs_in_each_form(qcow: Any, tmp_path: Path) -> None:

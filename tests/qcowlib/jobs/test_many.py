@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qcowlib
-from qcowlib.jobs.many import create_overlays, images_in, many
+from qcowlib.jobs.many import create_overlays, images_in, many, plan_overlays
 from tests.qcowlib.qemu import qemu_img
 
 
@@ -79,6 +79,8 @@ def test_folders_give_their_images_and_no_other_files() -> None:
 def test_overlays_are_the_images_that_create_makes() -> None:
     qcowlib.create("base", 3 << 20)
     names = [f"o{number}" for number in range(50)]
+    assert plan_overlays("base", names, backing_format="qcow2") == ("base", 3 << 20, names)
+    assert not Path("o0").exists()
     assert create_overlays("base", names, backing_format="qcow2", workers=4) == names
     qcowlib.create("one", None, backing="base", backing_format="qcow2")
     assert all(Path(name).read_bytes() == Path("one").read_bytes() for name in names)
@@ -92,8 +94,9 @@ def test_overlays_are_refused_before_anything_is_made() -> None:
     qcowlib.create("base", 1 << 20)
     Path("there").write_text("kept")
     for names in (["a", "a"], ["a", "there"]):
-        with pytest.raises(qcowlib.UsageError):
-            create_overlays("base", names, backing_format="qcow2")
+        for job in (create_overlays, plan_overlays):
+            with pytest.raises(qcowlib.UsageError):
+                job("base", names, backing_format="qcow2")
     with pytest.raises(qcowlib.StorageError):
         create_overlays("gone", ["a"], backing_format="qcow2")
     with pytest.raises(qcowlib.UsageError):

@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from qcowlib.jobs.rebase import flatten, rebase
     from qcowlib.jobs.salvage import Lost, Salvaged, salvage
     from qcowlib.jobs.seal import Damage, Sealed, Verified, diff_seals, heal, seal, verify
+    from qcowlib.luks import KeyChange
     from qcowlib.nbd.export import Export
     from qcowlib.nbd.server import NbdServer, serve
     from qcowlib.picture.panels import Panel, Picture
     from qcowlib.picture.survey import survey
     from qcowlib.picture.tree import ChainTree, chain_tree
-    from qcowlib.qcow2.amend import AmendOptions, KeyChange
+    from qcowlib.qcow2.amend import AmendOptions
     from qcowlib.qcow2.check import Report
 
 __all__ = [
@@ -130,7 +131,7 @@ _LATER = {
     "Extent": "driver",
     "ImageInfo": "info",
     "Inspection": "inspection",
-    "KeyChange": "qcow2.amend",
+    "KeyChange": "luks",
     "Lost": "jobs.salvage",
     "Measurement": "jobs.measure",
     "MergePlan": "jobs.merge_plan",

@@ -266,9 +266,21 @@ class Chain:
         from qcowlib.qcow2.write import Writer
 
         if not isinstance(self.writer, Writer):
-            raise UnsupportedFeature("Format driver 'raw' does not support option amendment")
+            await self._amend_luks(options)
+            return
         below = self.layers[1].size if len(self.layers) > 1 else 0
         await amend(self.writer, options, backing_size=below, refresh=self.refresh, progress=progress)
+
+    async def _amend_luks(self, options: AmendOptions) -> None:
+        """Change the key slots of a LUKS file, all that can be changed of what is not QCOW2."""
+        from qcowlib.storage.encrypted import EncryptedStorage
+
+        storage = self.layers[0].data
+        if not isinstance(storage, EncryptedStorage):
+            raise UnsupportedFeature("Format driver 'raw' does not support option amendment")
+        if options.encrypt is None or options._replace(encrypt=None) != type(options)():
+            raise UsageError("only the keys of a LUKS file can be changed", path=storage.name)
+        await self.runtime.io(storage.change_keys, options.encrypt)
 
     # -- persistent bitmaps ----------------------------------------------------
 

@@ -30,7 +30,16 @@ if TYPE_CHECKING:
         ) -> None: ...
 
 
-__all__ = ["Cipher", "CipherSpec", "Secret", "available", "legacy_aes", "new_hash", "passphrase_of"]
+__all__ = [
+    "Cipher",
+    "CipherSpec",
+    "Secret",
+    "available",
+    "decrypt_secret",
+    "legacy_aes",
+    "new_hash",
+    "passphrase_of",
+]
 
 # Larger files are no passphrases.
 _SECRET_LIMIT = 1 << 20
@@ -133,6 +142,31 @@ def _split(text: str) -> list[str]:
         if index < len(pieces):
             parts.append("")
     return parts
+
+
+def decrypt_secret(data: bytes, key: bytes, iv: bytes) -> bytes:
+    """Return the secret that AES-256-CBC with PKCS 7 padding made *data* of.  Raises UsageError in qemu's words."""
+    if len(key) != 32:
+        raise UsageError("Key should be 32 bytes in length")
+    if len(iv) != 16:
+        raise UsageError(f"IV should be 16 bytes in length not {len(iv)}")
+    if len(data) % 16:
+        raise UsageError(f"Length {len(data)} must be a multiple of block size 16")
+    cipher = Cipher(CipherSpec("cbc", 32, "plain64"), key, host_sectors=False)
+    plain = bytearray()
+    previous = iv
+    for at in range(0, len(data), SECTOR):
+        piece = data[at : at + SECTOR]
+        sector = bytearray(piece.ljust(SECTOR, b"\0"))
+        # Sector 0 has a vector of zeros: the link to what precedes it is added here.
+        cipher.decrypt(sector, 0)
+        native.xor_into(memoryview(sector)[:16], previous)
+        plain += sector[: len(piece)]
+        previous = piece[-16:]
+    padding = plain[-1] if plain else 0
+    if not 0 < padding <= 16 or plain[-padding:] != bytes((padding,)) * padding:
+        raise UsageError(f"Incorrect number of padding bytes ({padding}) found on decrypted data")
+    return bytes(plain[:-padding])
 
 
 def _from_base64(raw: bytes) -> bytes:

@@ -43,7 +43,7 @@ __all__ = [
 
 _MAX_JSON = 4096
 _FILE_DRIVERS: Final = frozenset(("file", "host_device"))
-_FORMATS: Final = frozenset(("qcow2", "raw"))
+_FORMATS: Final = frozenset(("qcow2", "raw", "luks"))
 
 
 class FileName(NamedTuple):

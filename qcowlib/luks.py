@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Passphrase = Secret | str | bytes
 
-__all__ = ["HEADER_BYTES", "MAGIC", "MAX_ITERATIONS", "LuksHeader", "LuksSlot", "luks_header_length"]
+__all__ = ["HEADER_BYTES", "MAGIC", "MAX_ITERATIONS", "KeyChange", "LuksHeader", "LuksSlot", "luks_header_length"]
 
 MAGIC = b"LUKS\xba\xbe"
 #: Bytes of the fixed part; key material follows from byte 4096 on.
@@ -51,6 +51,41 @@ _SLOT = struct.Struct(">II32sII")
 _CIPHERS = {"aes-128": 16, "aes-192": 24, "aes-256": 32}
 _HASHES = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
 _DEFAULT_TIME = 2000
+
+
+class KeyChange(NamedTuple):
+    """What happens to LUKS key slots: ``state`` is ``active`` (add a key) or ``inactive`` (erase).
+
+    ``secret`` is the passphrase that unlocks the image, needed to add another
+    one; ``force`` allows to overwrite a slot in use and to erase the last one.
+    """
+
+    state: str | None = None
+    keyslot: int | None = None
+    old_secret: Passphrase | None = None
+    new_secret: Passphrase | None = None
+    iter_time: int | None = None
+    secret: Passphrase | None = None
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError or SecretError, in qemu's words, for parts that do not go together."""
+        if self.state is None:
+            raise UsageError("Parameter 'state' is missing")
+        if self.state not in ("active", "inactive"):
+            raise UsageError(f"Parameter 'state' does not accept value '{printable(self.state)}'")
+        if self.state == "active":
+            if self.new_secret is None:
+                raise UsageError("'new-secret' is required to activate a keyslot")
+            if self.old_secret is not None:
+                raise UsageError("'old-secret' must not be given when activating keyslots")
+            if self.secret is None:
+                raise SecretError("the passphrase of the image is needed to add another one")
+        else:
+            if self.new_secret is not None:
+                raise UsageError("'new-secret' must not be given when erasing keyslots")
+            if self.iter_time is not None:
+                raise UsageError("'iter-time' must not be given when erasing keyslots")
 
 
 class LuksSlot(NamedTuple):
@@ -284,6 +319,20 @@ class LuksHeader(NamedTuple):
             at = _FIXED.size + index * _SLOT.size
             made[at : at + _SLOT.size] = header.pack_slot(index)
         return bytes(made), cipher
+
+    def change(self, area: ReadableBuffer, change: KeyChange) -> list[tuple[int, bytes]]:
+        """Return the writes of *change*, as :meth:`add_key` and :meth:`erase_keys` do."""
+        change.check()
+        if change.new_secret is None or change.secret is None:
+            return self.erase_keys(area, keyslot=change.keyslot, old=change.old_secret, force=change.force)
+        return self.add_key(
+            area,
+            change.secret,
+            change.new_secret,
+            keyslot=change.keyslot,
+            iter_time=change.iter_time,
+            force=change.force,
+        )
 
     def add_key(
         self,

@@ -11,7 +11,7 @@ so (N2).  On any error everything opened so far is closed.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qcowlib.chain import MAX_DEPTH, Chain, Layer, probe_format
 from qcowlib.errors import CorruptImage, Error, FormatError, ReadOnly, SecretError, UsageError, printable
@@ -35,14 +35,15 @@ if TYPE_CHECKING:
     from qcowlib.storage.reader import PositionedReader, SeekableReader
 
     Passphrase = Secret | str | bytes
-    Secrets = Passphrase | Mapping[str, Passphrase]
+    Secrets = Passphrase | Mapping[str, Passphrase] | Sequence[Passphrase | None]
     Source = str | bytes | os.PathLike[str] | int | Storage | PositionedReader | SeekableReader
 else:
     from qcowlib.records import NamedTuple
 
-__all__ = ["FORMATS", "OpenOptions", "open_chain", "open_storage"]
+__all__ = ["FORMATS", "OpenOptions", "open_chain", "open_storage", "secrets_below"]
 
-FORMATS = ("qcow2", "raw")
+#: ``luks``: the raw image inside a LUKS file, which is never found by probing.
+FORMATS = ("qcow2", "raw", "luks")
 _MAX_LUKS_AREA = 16 * MiB
 _WRITE_THROUGH = {"writethrough": "writeback", "directsync": "none"}
 
@@ -106,24 +107,48 @@ def _open_layers(runtime: Runtime, source: Source, options: OpenOptions, opened:
     seen: set[tuple[int, int]] = set()
     cache_bytes = CACHE_BYTES
     while True:
-        top = not layers
-        _remember(storage, seen)
-        _lock(storage, fmt, options, writable=options.writable and top)
-        if fmt == "raw":
-            if top and options.snapshot is not None:
-                raise UsageError("raw images have no snapshots", path=storage.name)
-            layers.append(RawImage(runtime, storage, writable=options.writable and top))
-            return layers
-        image = _open_qcow2(runtime, storage, options, opened, top, cache_bytes)
-        layers.append(image)
-        if image.header.backing_file is None or not image.header.backing_file or not options.backing:
-            return layers
-        if len(layers) >= MAX_DEPTH:
-            raise FormatError(f"the chain has more than {MAX_DEPTH} layers", path=storage.name)
-        storage, fmt = _open_backing(image, options, top)
+        try:
+            layer = _open_layer(runtime, storage, fmt, options, opened, len(layers), seen, cache_bytes)
+            layers.append(layer)
+            if not isinstance(layer, Qcow2Image) or not layer.header.backing_file or not options.backing:
+                return layers
+            if len(layers) >= MAX_DEPTH:
+                raise FormatError(f"the chain has more than {MAX_DEPTH} layers", path=storage.name)
+        except Error as error:
+            # Source: qemu says it once for each layer above.
+            _prefix(error, "Could not open backing file: " * len(layers))
+            raise
+        storage, fmt = _open_backing(layer, options, len(layers) - 1)
         opened.append(storage)
         # Lower layers share what is left: memory is bounded for the whole chain.
         cache_bytes = max(MIN_CACHE_BYTES, min(4 * MiB, cache_bytes))
+
+
+def _open_layer(
+    runtime: Runtime,
+    storage: Storage,
+    fmt: str,
+    options: OpenOptions,
+    opened: list[Storage],
+    depth: int,
+    seen: set[tuple[int, int]],
+    cache_bytes: int,
+) -> Layer:
+    writable = options.writable and not depth
+    _remember(storage, seen)
+    _lock(storage, fmt, options, writable=writable)
+    if fmt == "luks":
+        storage = _open_luks(storage, options, depth)
+    if fmt == "qcow2":
+        return _open_qcow2(runtime, storage, options, opened, depth, cache_bytes)
+    if not depth and options.snapshot is not None:
+        raise UsageError("raw images have no snapshots", path=storage.name)
+    return RawImage(runtime, storage, writable=writable)
+
+
+def _prefix(error: Error, text: str) -> None:
+    error.message = text + error.message
+    error.args = (error.message, *error.args[1:])
 
 
 def _remember(storage: Storage, seen: set[tuple[int, int]]) -> None:
@@ -147,8 +172,9 @@ def _lock(storage: Storage, fmt: str, options: OpenOptions, *, writable: bool) -
 
 
 def _open_qcow2(
-    runtime: Runtime, storage: Storage, options: OpenOptions, opened: list[Storage], top: bool, cache_bytes: int
+    runtime: Runtime, storage: Storage, options: OpenOptions, opened: list[Storage], depth: int, cache_bytes: int
 ) -> Qcow2Image:
+    top = not depth
     writable = options.writable and top
     if writable and not storage.writable:
         raise ReadOnly("the storage is open for reading", path=storage.name)
@@ -162,7 +188,7 @@ def _open_qcow2(
         opened.append(data)
         if getattr(data, "identity", data) == getattr(storage, "identity", storage):
             raise FormatError("the data file is the image itself", path=storage.name)
-    cipher = _cipher(storage, header, options) if header.crypt_method != CRYPT_NONE else None
+    cipher = _cipher(storage, header, options, depth) if header.crypt_method != CRYPT_NONE else None
     return Qcow2Image(
         runtime,
         storage,
@@ -207,21 +233,20 @@ def _open_data_file(storage: Storage, header: Header, options: OpenOptions, writ
     return options.references.open("data-file", name, storage.name, writable=writable, cache=options.cache)
 
 
-def _open_backing(image: Qcow2Image, options: OpenOptions, top: bool) -> tuple[Storage, str]:
+def _open_backing(image: Qcow2Image, options: OpenOptions, depth: int) -> tuple[Storage, str]:
     header = image.header
     owner = image.storage.name
     stored = os.fsdecode(header.backing_file or b"")
     try:
         name = parse_name(stored, owner=owner)
         fmt = name.format or (os.fsdecode(header.backing_format) if header.backing_format else None)
-        if options.backing_format is not None and top:
+        if options.backing_format is not None and not depth:
             fmt = options.backing_format
         if fmt is not None and fmt not in FORMATS:
             raise UsageError(f"Unknown driver '{printable(fmt)}'", path=owner)
         storage = options.references.open("backing", name.path, owner, writable=False, cache=options.cache)
     except Error as error:
-        error.message = f"Could not open backing file: {error.message}"
-        error.args = (error.message, *error.args[1:])
+        _prefix(error, "Could not open backing file: " * (depth + 1))
         error.path = owner
         raise
     if fmt is None:
@@ -239,13 +264,38 @@ def _open_backing(image: Qcow2Image, options: OpenOptions, top: bool) -> tuple[S
     return storage, fmt
 
 
-def _cipher(storage: Storage, header: Header, options: OpenOptions) -> Cipher:
-    """Unlock an encrypted image.  Raises SecretError for a missing or wrong passphrase."""
+def _secret(storage: Storage, options: OpenOptions, depth: int, parameter: str) -> Passphrase:
+    """Return the passphrase of the layer *depth* layers down.  Raises SecretError when there is none."""
     secret = options.secret
     if isinstance(secret, Mapping):
         secret = secret.get(storage.name)
+    elif isinstance(secret, list | tuple):
+        secret = secret[depth] if depth < len(secret) else None
     if secret is None:
-        raise SecretError("Parameter 'encrypt.key-secret' is required for cipher", path=storage.name)
+        raise SecretError(f"Parameter '{parameter}' is required for cipher", path=storage.name)
+    return secret  # type: ignore[return-value]
+
+
+def secrets_below(secret: Secrets | None, depth: int) -> Secrets | None:
+    """Return the secrets for opening the layer *depth* layers down by itself."""
+    return secret[depth:] if isinstance(secret, list | tuple) else secret
+
+
+def _open_luks(storage: Storage, options: OpenOptions, depth: int) -> Storage:
+    """Return what is inside the LUKS file *storage*, which the caller closes on an error."""
+    from qcowlib.storage.encrypted import open_luks
+
+    secret = _secret(storage, options, depth, "key-secret")
+    try:
+        return open_luks(storage, secret)
+    except Error as error:
+        error.path = error.path or storage.name
+        raise
+
+
+def _cipher(storage: Storage, header: Header, options: OpenOptions, depth: int) -> Cipher:
+    """Unlock an encrypted image.  Raises SecretError for a missing or wrong passphrase."""
+    secret = _secret(storage, options, depth, "encrypt.key-secret")
     try:
         if header.crypto is None:
             from qcowlib.crypto import legacy_aes

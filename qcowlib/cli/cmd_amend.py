@@ -14,7 +14,7 @@ from qcowlib.cli import options
 from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import image_ref
-from qcowlib.cli.objects import parse_secrets
+from qcowlib.cli.objects import parse_secrets, passphrase
 from qcowlib.cli.opening import hint_text, open_image, secret_of
 from qcowlib.cli.optlist import OptionList, amend_help, amend_table, create_table, help_wanted
 from qcowlib.cli.parser import Args, Command, Option
@@ -66,10 +66,11 @@ def run(args: Args, console: Console) -> int:
     ref = image_ref(args.operands[0], fmt, image_opts=args.flag("image-opts"))
     with open_image(ref, console, secrets=secrets, writable=True, cache=cache) as image:
         if help_wanted(lists):
-            return _help(image.format, console)
-        if image.format != "qcow2":
-            raise _unsupported(image.format)
-        changes = _changes(_values(lists, console), secrets, secret_of(ref, secrets), args.flag("force"))
+            return _help(ref.format or image.format, console)
+        kind = "luks" if ref.format == "luks" else image.format
+        if kind not in ("qcow2", "luks"):
+            raise _unsupported(kind)
+        changes = _changes(_values(kind, lists, console), kind, secrets, secret_of(ref, secrets), args.flag("force"))
         shown = args.flag("progress") and not args.flag("quiet")
         progress = Progress(console, shown, form=options.progress_form(args))
         progress.report(0)
@@ -93,9 +94,12 @@ def _failure(error: Error) -> Failure:
     return Failure(error.message, hint=hint_text(error))
 
 
-def _changes(values: OptionList, secrets: Mapping[str, bytes], secret: bytes | None, force: bool) -> AmendOptions:
+def _changes(
+    values: OptionList, fmt: str, secrets: Mapping[str, bytes], secret: bytes | None, force: bool
+) -> AmendOptions:
     """Return what is wanted, as the library has it.  Raises :class:`Failure`."""
-    from qcowlib.qcow2.amend import AmendOptions, KeyChange
+    from qcowlib.luks import KeyChange
+    from qcowlib.qcow2.amend import AmendOptions
 
     def number(name: str) -> int | None:
         return values.number(name, 0) if name in values else None
@@ -105,18 +109,18 @@ def _changes(values: OptionList, secrets: Mapping[str, bytes], secret: bytes | N
 
     def phrase(name: str) -> bytes | None:
         key = values.text(name)
-        if key is not None and key not in secrets:
-            raise Failure(f"No secret with id '{key}'")
-        return None if key is None else secrets[key]
+        return None if key is None else passphrase(key, secrets)
 
     keys = None
-    if any(f"encrypt.{name}" in values for name in ("state", "keyslot", "old-secret", "new-secret", "iter-time")):
+    prefix = "" if fmt == "luks" else "encrypt."
+    names = ("state", "keyslot", "old-secret", "new-secret", "iter-time")
+    if fmt == "luks" or any(prefix + name in values for name in names):
         keys = KeyChange(
-            values.text("encrypt.state"),
-            number("encrypt.keyslot"),
-            phrase("encrypt.old-secret"),
-            phrase("encrypt.new-secret"),
-            number("encrypt.iter-time"),
+            values.text(f"{prefix}state"),
+            number(f"{prefix}keyslot"),
+            phrase(f"{prefix}old-secret"),
+            phrase(f"{prefix}new-secret"),
+            number(f"{prefix}iter-time"),
             secret,
             force,
         )
@@ -138,19 +142,19 @@ def _unsupported(fmt: str) -> Failure:
 
 
 def _help(fmt: str, console: Console) -> int:
-    if fmt != "qcow2":
+    if fmt not in ("qcow2", "luks"):
         raise _unsupported(fmt) if fmt in ("raw", "file") else Failure(f"Unknown file format '{fmt}'")
-    console.out(amend_help())
+    console.out(amend_help(fmt))
     return 0
 
 
-def _values(lists: list[str], console: Console) -> OptionList:
-    values = OptionList(amend_table())
+def _values(fmt: str, lists: list[str], console: Console) -> OptionList:
+    values = OptionList(amend_table(fmt))
     try:
         values.parse(lists, console)
     except Failure as failure:
         text = failure.messages[0]
-        known = {f"Invalid parameter '{option.name}'" for option in create_table("qcow2")}
+        known = {f"Invalid parameter '{option.name}'" for option in create_table(fmt)}
         if text in known:
             raise Failure(text, hint="This option is only supported for image creation\n") from None
         raise

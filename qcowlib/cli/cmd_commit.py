@@ -12,7 +12,7 @@ from qcowlib.cli.console import Console, Failure
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import ImageRef
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import hint_text, open_image, references, secret_of, tell_probed_raw
+from qcowlib.cli.opening import hint_text, layer_secrets, open_image, references, tell_probed_raw
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
 from qcowlib.errors import Error
@@ -55,7 +55,7 @@ def run(args: Args, console: Console) -> int:
     )
     progress.report(0)
     try:
-        _commit(ref, args, cache, secret_of(ref, secrets), progress)
+        _commit(ref, args, cache, layer_secrets(ref, secrets), progress)
         progress.report(100)
     finally:
         progress.end()
@@ -66,7 +66,7 @@ def run(args: Args, console: Console) -> int:
     return 0
 
 
-def _commit(ref: ImageRef, args: Args, cache: str, secret: bytes | None, progress: Progress) -> None:
+def _commit(ref: ImageRef, args: Args, cache: str, secret: list[bytes | None], progress: Progress) -> None:
     from qcowlib.jobs.commit import commit
 
     try:
@@ -75,7 +75,7 @@ def _commit(ref: ImageRef, args: Args, cache: str, secret: bytes | None, progres
             format=ref.format,
             base=args.text("base"),
             empty=False if args.flag("keep") else None,
-            references=references(),
+            references=references(ref),
             cache=cache,  # type: ignore[arg-type]
             secret=secret,
             progress=progress.within(),

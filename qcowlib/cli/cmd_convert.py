@@ -13,6 +13,7 @@ from contextlib import ExitStack
 
 from qcowlib.cli import creation, options
 from qcowlib.cli.console import Console, Failure
+from qcowlib.cli.encryption import encryption_of
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import ImageRef, image_ref
 from qcowlib.cli.objects import parse_secrets
@@ -26,6 +27,7 @@ from qcowlib.errors import Error, StorageError, printable
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from qcowlib.image import Image
 
@@ -182,6 +184,7 @@ class _Conversion:
         if args.flag("bitmaps"):
             if isinstance(self.filled, str):
                 ref = ImageRef(self.target, self.filled, self.fmt)
+                ref.secret = values.text("encrypt.key-secret") if values is not None else None
                 self.filled = open_image(ref, self.console, secrets=self.secrets, writable=True, backing=False)
                 self.stack.callback(self.filled.close)
             self._copy_bitmaps(sources[0], self.filled)
@@ -277,8 +280,8 @@ class _Conversion:
         from qcowlib.jobs.convert import convert
 
         args = self.args
-        encrypted = values is not None and self._is_encrypted(values)
-        fresh = self._create_first(sources, values) if values is not None and encrypted else None
+        fresh = self._create_luks(sources, values) if values is not None and self.fmt == "luks" else None
+        made = values if fresh is None else None
         self.filled = fresh or target
         convert(
             list(sources),
@@ -298,14 +301,28 @@ class _Conversion:
             progress=progress.within(),
             rate=args.number("rate") or None,
             workers=args.number("workers"),
-            **(creation.job_options(values) if values is not None and fresh is None else {}),
+            target_secret=self._target_secret(made),
+            **(self._job_options(made) if made is not None else {}),
         )
 
-    def _is_encrypted(self, values: OptionList) -> bool:
-        return self.fmt == "luks" or values.flag("encryption") or values.text("encrypt.format") is not None
+    def _target_secret(self, values: OptionList | None) -> bytes | None:
+        name = values.text("encrypt.key-secret") if values is not None else None
+        return None if name is None else self.secrets.get(name)
 
-    def _create_first(self, sources: list[Image], values: OptionList) -> Image:
-        """Make an encrypted target and open it; the job fills it."""
+    def _job_options(self, values: OptionList) -> dict[str, Any]:
+        given = creation.job_options(values)
+        if self.fmt == "qcow2":
+            try:
+                encrypt = encryption_of(values, self.secrets)
+            except Failure as failure:
+                text = f"{self.target}: error while converting {self.fmt}: {failure.messages[0]}"
+                raise Failure(text, hint=failure.hint) from None
+            if encrypt is not None:
+                given["encrypt"] = encrypt
+        return given
+
+    def _create_luks(self, sources: list[Image], values: OptionList) -> Image:
+        """Make a LUKS file and open it; the job fills it."""
         values.set("size", sum(source.size for source in sources))
         request = creation.Request(self.fmt, self.target, creation.protocol_path(self.target), values)
         try:
@@ -314,7 +331,7 @@ class _Conversion:
             text = f"{self.target}: error while converting {self.fmt}: {failure.messages[0]}"
             raise Failure(text, hint=failure.hint) from None
         ref = ImageRef(self.target, request.path, self.fmt)
-        ref.secret = values.text("encrypt.key-secret")
+        ref.secret = values.text("key-secret")
         image = open_image(ref, self.console, secrets=self.secrets, writable=True)
         self.stack.callback(image.close)
         return image

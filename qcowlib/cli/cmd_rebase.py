@@ -10,7 +10,7 @@ from __future__ import annotations
 from qcowlib.cli import creation, options
 from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.objects import parse_secrets
-from qcowlib.cli.opening import hint_text, open_image, references, secret_of
+from qcowlib.cli.opening import hint_text, layer_secrets, open_image, references
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
 from qcowlib.errors import Error
@@ -65,14 +65,16 @@ def run(args: Args, console: Console) -> int:
     progress = Progress(console, shown, step=2.0, total=size, form=options.progress_form(args))
     progress.report(0)
     try:
-        _rebase(ref, args, cache, source_cache, secret_of(ref, secrets), progress)
+        _rebase(ref, args, cache, source_cache, layer_secrets(ref, secrets), progress)
         progress.report(100)
     finally:
         progress.end()
     return 0
 
 
-def _rebase(ref: ImageRef, args: Args, cache: str, source_cache: str, secret: bytes | None, progress: Progress) -> None:
+def _rebase(
+    ref: ImageRef, args: Args, cache: str, source_cache: str, secret: list[bytes | None], progress: Progress
+) -> None:
     from qcowlib.jobs.rebase import rebase
 
     try:
@@ -82,7 +84,7 @@ def _rebase(ref: ImageRef, args: Args, cache: str, source_cache: str, secret: by
             args.text("backing-format"),
             format=ref.format,
             unsafe=args.flag("unsafe"),
-            references=references(),
+            references=references(ref),
             cache=cache,  # type: ignore[arg-type]
             source_cache=source_cache,  # type: ignore[arg-type]
             secret=secret,

@@ -9,6 +9,7 @@ nowhere else.
 from __future__ import annotations
 
 from qcowlib.cli.console import Failure
+from qcowlib.cli.objects import passphrase
 from qcowlib.ondisk import CRYPT_AES, CRYPT_LUKS
 from qcowlib.qcow2.create import Encryption
 
@@ -121,6 +122,4 @@ def _passphrase(values: OptionList, prefix: str, secrets: Mapping[str, bytes]) -
     name = values.text(f"{prefix}key-secret")
     if name is None:
         raise Failure(f"Parameter '{prefix}key-secret' is required for cipher")
-    if name not in secrets:
-        raise Failure(f"No secret with id '{name}'")
-    return secrets[name]
+    return passphrase(name, secrets)

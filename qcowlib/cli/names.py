@@ -62,10 +62,12 @@ class ImageRef:
     *text* is the name as typed (messages quote it), *shown* the shortest name
     that opens the same image (``info`` prints it), *path* the file, *format*
     the format asked for or None to probe, *windows* the raw layers between
-    format and file from the top down, *secret* the id of the passphrase.
+    format and file from the top down, *secret* the id of the passphrase,
+    *backing* what was said of the backing file (its *path* empty: where the
+    image says it is).
     """
 
-    __slots__ = ("data_file", "format", "is_file", "path", "secret", "shown", "text", "windows")
+    __slots__ = ("backing", "data_file", "format", "is_file", "path", "secret", "shown", "text", "windows")
 
     def __init__(self, text: str, path: str, fmt: str | None) -> None:
         self.text = text
@@ -76,6 +78,7 @@ class ImageRef:
         self.secret: str | None = None
         self.data_file: str | None = None
         self.is_file = False
+        self.backing: ImageRef | None = None
 
 
 def known_format(name: str) -> bool:
@@ -275,7 +278,7 @@ def _check_keys(text: str, node: Tree, driver: str | None) -> None:
     for key, _ in _leaves(node):
         if key.startswith("file.") or key == "file" or key in known or key in _COMMON:
             continue
-        if driver == "qcow2" and (key == "data-file" or key.startswith("data-file.")):
+        if driver in ("qcow2", None) and key.startswith(("data-file.", "backing.")):
             continue
         raise _refused(text, f"Block format '{driver or 'raw'}' does not support the option '{key}'")
     for key in ("read-only", "force-share", "auto-read-only"):
@@ -306,6 +309,32 @@ def _format_options(ref: ImageRef, root: Tree) -> None:
         ref.secret = secret if isinstance(secret, str) else None
     if ref.format == "luks" and ref.secret is not None:
         ref.shown = "json:" + compact(_visible(root))
+    backing = root.get("backing")
+    if isinstance(backing, dict):
+        ref.backing = _backing(ref.text, backing)
     data_file = root.get("data-file")
     if isinstance(data_file, dict):
         ref.data_file = _file_name(ref.text, data_file)
+
+
+def _backing(text: str, root: Tree) -> ImageRef:
+    """Return what is said of a backing file: driver, file and keys, each of which may be missing."""
+    driver = root.get("driver")
+    if driver is not None and driver not in _OPENABLE:
+        raise _refused(text, f"Could not open backing file: Unknown driver '{driver}'")
+    ref = ImageRef(text, "", driver if isinstance(driver, str) else None)
+    if "file" in root:
+        _walk_files(ref, root)
+        if ref.windows:
+            raise _refused(text, "Could not open backing file: a part of a file cannot be used here")
+    known = {"driver", "key-secret", "encrypt.key-secret", "encrypt.format"}
+    for key, _ in _leaves(root):
+        if key not in known and not key.startswith(("file.", "backing.")):
+            raise _refused(text, f"Could not open backing file: Block format does not support the option '{key}'")
+    keys = root.get("encrypt")
+    secret = (keys if isinstance(keys, dict) else root).get("key-secret")
+    ref.secret = secret if isinstance(secret, str) else None
+    below = root.get("backing")
+    if isinstance(below, dict):
+        ref.backing = _backing(text, below)
+    return ref

@@ -12,9 +12,9 @@ from qcowlib.cli.values import split_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["parse_secrets"]
+__all__ = ["parse_secrets", "passphrase"]
 
 _KEYS = frozenset(("qom-type", "id", "data", "file", "format", "keyid", "iv"))
 
@@ -23,11 +23,23 @@ def parse_secrets(texts: Sequence[str]) -> dict[str, bytes]:
     """Return the passphrases by id.  Raises :class:`Failure`."""
     secrets: dict[str, bytes] = {}
     for text in texts:
-        name, data = _secret(_properties(text))
+        name, data = _secret(_properties(text), secrets)
         if name in secrets:
             raise Failure(f"attempt to add duplicate property '{name}' to object (type 'container')")
         secrets[name] = data
     return secrets
+
+
+def passphrase(name: str, secrets: Mapping[str, bytes]) -> bytes:
+    """Return the passphrase with id *name*.  Raises :class:`Failure` if there is none or it is not UTF-8."""
+    if name not in secrets:
+        raise Failure(f"No secret with id '{name}'")
+    try:
+        secrets[name].decode()
+    except UnicodeDecodeError:
+        # Without the cause, which holds the bytes.
+        raise Failure(f"Data from secret {name} is not valid UTF-8") from None
+    return secrets[name]
 
 
 def _properties(text: str) -> dict[str, str]:
@@ -52,7 +64,7 @@ def _properties(text: str) -> dict[str, str]:
     return found
 
 
-def _secret(found: dict[str, str]) -> tuple[str, bytes]:
+def _secret(found: dict[str, str], known: Mapping[str, bytes]) -> tuple[str, bytes]:
     kind = found.get("qom-type")
     if not kind:
         raise Failure("Parameter 'qom-type' is missing")
@@ -72,9 +84,26 @@ def _secret(found: dict[str, str]) -> tuple[str, bytes]:
             "Parameter 'id' expects an identifier",
             hint="Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.\n",
         )
-    if "keyid" in found or "iv" in found:
-        raise Failure("Encrypted secrets are not supported", hint="Give the passphrase with data= or file=.\n")
+    if "keyid" in found:
+        return name, _decrypted(name, found, encoding, known)
     return name, _load(name, found, encoding)
+
+
+def _decrypted(name: str, found: dict[str, str], encoding: str, known: Mapping[str, bytes]) -> bytes:
+    """Return a secret that is given encrypted with another one.  Source: qemu ignores ``iv`` without ``keyid``."""
+    from qcowlib.crypto import Secret, decrypt_secret
+    from qcowlib.errors import Error
+
+    key = known.get(found["keyid"])
+    if key is None:
+        raise Failure(f"No secret with id '{found['keyid']}'")
+    if "iv" not in found:
+        raise Failure("IV is required to decrypt secret")
+    try:
+        iv = Secret.load("iv", data=found["iv"], encoding="base64").reveal()
+        return decrypt_secret(_load(name, found, encoding), key, iv)
+    except Error as error:
+        raise Failure(error.message) from None
 
 
 def _load(name: str, found: dict[str, str], encoding: str) -> bytes:

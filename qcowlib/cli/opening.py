@@ -12,6 +12,7 @@ import os
 
 from qcowlib.cli.console import Failure
 from qcowlib.cli.names import FORMATS
+from qcowlib.cli.objects import passphrase
 from qcowlib.errors import Error, printable
 from qcowlib.ondisk.header import HEADER_READ, Header, header_read_size, is_qcow2
 from qcowlib.storage.file import FileStorage
@@ -20,6 +21,7 @@ from qcowlib.storage.imagelock import lock_image
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Literal
 
     from qcowlib.cli.console import Console
     from qcowlib.cli.names import ImageRef
@@ -133,8 +135,33 @@ def read_header(storage: Storage, fmt: str | None) -> Header | None:
     return Header.parse(bytes(data), size, path=storage.name, no_io=True)
 
 
-def references() -> References:
-    """Return the policy for files that images name, from ``QCOW_REFERENCES``.  Raises :class:`Failure`."""
+class _Given:
+    """A policy that opens the backing files which the command line names, and asks *policy* for others."""
+
+    def __init__(self, ref: ImageRef, policy: References) -> None:
+        self._policy = policy
+        self._paths: dict[str, str] = {}
+        layer = ref
+        while layer.backing is not None and layer.backing.path:
+            self._paths[layer.path] = layer.backing.path
+            layer = layer.backing
+
+    def open(
+        self, kind: Literal["backing", "data-file"], name: str, owner: str, *, writable: bool, cache: str
+    ) -> Storage:
+        given = self._paths.get(owner) if kind == "backing" else None
+        if given is not None:
+            return FileStorage.open(given, writable=writable, cache=cache)
+        return self._policy.open(kind, name, owner, writable=writable, cache=cache)
+
+
+def references(ref: ImageRef | None = None) -> References:
+    """Return the policy for files that images name, from ``QCOW_REFERENCES``, with what *ref* says itself.
+
+    Raises :class:`Failure`.
+    """
+    if ref is not None and ref.backing is not None:
+        return _Given(ref, references())
     from qcowlib import gate
 
     wanted = os.environ.get("QCOW_REFERENCES", "any")
@@ -196,14 +223,15 @@ def open_image(
         image = open_any(
             source,
             "r+" if writable else "r",
-            format="raw" if ref.format == "luks" else ref.format,
+            format="raw" if ref.format == "luks" and not isinstance(source, str) else ref.format,
             snapshot=snapshot,
             cache=cache,  # type: ignore[arg-type]
             force_share=force_share,
-            secret=secret_of(ref, secrets),
+            secret=layer_secrets(ref, secrets),
             data_file=ref.data_file,
             backing=backing,
-            references=references(),
+            backing_format=ref.backing.format if ref.backing is not None else None,
+            references=references(ref),
         )
     except Error as error:
         raise open_failure(ref.text, error, code=code) from None
@@ -236,11 +264,21 @@ def _source(
 
 def secret_of(ref: ImageRef, secrets: Mapping[str, bytes]) -> bytes | None:
     """Return the passphrase that *ref* names.  Raises :class:`Failure` if it was not given."""
-    if ref.secret is None:
-        return None
-    if ref.secret not in secrets:
-        raise Failure(f"Could not open '{ref.text}': No secret with id '{ref.secret}'")
-    return secrets[ref.secret]
+    return layer_secrets(ref, secrets)[0]
+
+
+def layer_secrets(ref: ImageRef, secrets: Mapping[str, bytes]) -> list[bytes | None]:
+    """Return the passphrases of the layers, the top one's first.  Raises :class:`Failure` for one not given."""
+    found: list[bytes | None] = []
+    layer: ImageRef | None = ref
+    while layer is not None:
+        try:
+            found.append(passphrase(layer.secret, secrets) if layer.secret is not None else None)
+        except Failure as failure:
+            above = "Could not open backing file: " * len(found)
+            raise Failure(f"Could not open '{ref.text}': {above}{failure.messages[0]}") from None
+        layer = layer.backing
+    return found
 
 
 def check_backing(ref: ImageRef, header: Header) -> None:

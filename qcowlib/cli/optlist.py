@@ -27,7 +27,7 @@ _SHOWN_NAMES = (
     "encrypt.keyslot encrypt.old-secret encrypt.new-secret cluster_size extended_l2 preallocation "
     "compression_type size key-secret cipher-alg cipher-mode ivgen-alg ivgen-hash-alg hash-alg iter-time "
     "compat backing_file backing_fmt data_file data_file_raw lazy_refcounts refcount_bits nocow "
-    "extent_size_hint"
+    "extent_size_hint state keyslot old-secret new-secret"
 )
 #: The order in which ``create`` shows the options.
 _SHOWN = _SHOWN_NAMES.split()
@@ -72,8 +72,11 @@ def create_table(fmt: str) -> tuple[Option, ...]:
     return table
 
 
-def amend_table() -> tuple[Option, ...]:
-    """Return the options of changing a qcow2 image."""
+def amend_table(fmt: str) -> tuple[Option, ...]:
+    """Return the options of changing an image of format *fmt*, qcow2 or luks."""
+    if fmt == "luks":
+        keys = (option._replace(name=option.name.removeprefix("encrypt.")) for option in _AMEND)
+        return _sorted((*keys, *(option for option in _LUKS if option.name == "iter-time")))
     return _sorted((*_AMEND, *(option for option in QCOW2_OPTIONS if option.name in _AMEND_TOO)))
 
 
@@ -184,9 +187,9 @@ def create_help(fmt: str, with_file: bool) -> str:
     )
 
 
-def amend_help() -> str:
-    """Return the list of options for changing a qcow2 image."""
-    return "Amend options for 'qcow2':\n" + _listed(amend_table())
+def amend_help(fmt: str) -> str:
+    """Return the list of options for changing an image of format *fmt*."""
+    return f"Amend options for '{fmt}':\n" + _listed(amend_table(fmt))
 
 
 def help_wanted(lists: Sequence[str]) -> bool:

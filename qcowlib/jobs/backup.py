@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from typing import Never
 
     from qcowlib.image import CacheMode
+    from qcowlib.opening import Secrets
     from qcowlib.opening import Source as OpenSource
     from qcowlib.storage.base import Storage
 
@@ -79,7 +80,7 @@ def backup(
     source_cache: CacheMode = "writeback",
     cache: CacheMode = "writeback",
     force_share: bool = False,
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     progress: Callable[[int, int], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     rate: int | None = None,
@@ -184,7 +185,7 @@ def measure_backup(
     source_format: str | None = None,
     references: References = qemu_like,
     force_share: bool = False,
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     **options: object,
 ) -> Measurement:
     """Return how large :func:`backup` of *bitmap* makes its target, uncompressed, at most.
@@ -215,7 +216,7 @@ def _opened(
     references: References,
     cache: CacheMode,
     force_share: bool,
-    secret: str | bytes | None,
+    secret: Secrets | None,
     mode: Literal["r", "r+"] = "r",
 ) -> Image:
     if isinstance(source, Image):

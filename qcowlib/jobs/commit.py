@@ -25,6 +25,7 @@ from qcowlib.jobs.copy import Copier
 from qcowlib.jobs.merge_plan import CopyPlan, is_file
 from qcowlib.jobs.pipeline import DEFAULT_MEMORY, Control, run
 from qcowlib.jobs.targets import ImageTarget, RawTarget
+from qcowlib.opening import secrets_below
 from qcowlib.raw import RawImage
 from qcowlib.storage.file import FileStorage
 
@@ -48,7 +49,7 @@ def commit(
     empty: bool | None = None,
     references: References = qemu_like,
     cache: CacheMode = "writeback",
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     progress: Callable[[int, int], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     rate: int | None = None,
@@ -75,7 +76,7 @@ def commit(
             if wanted is None:
                 raise UsageError("Image does not have a backing file", path=top.path)
             raise UsageError(f"Did not find '{printable(wanted)}' in the backing chain of '{printable(top.path)}'")
-        _commit(top, policy.found, references, cache, control)
+        _commit(top, policy.found, references, cache, secrets_below(secret, policy.found), control)
         if empties:
             top.empty()
     control.end()
@@ -132,9 +133,12 @@ def open_locked(
         raise
 
 
-def _commit(top: Image, depth: int, references: References, cache: CacheMode, control: Control) -> None:
+def _commit(
+    top: Image, depth: int, references: References, cache: CacheMode, secret: Secrets | None, control: Control
+) -> None:
     layer = top.layers[depth]
-    with open_image(layer.storage.name, "r+", format=layer.format, references=references, cache=cache) as base:
+    fmt = layer.format if not isinstance(layer, RawImage) or layer.plain else "luks"
+    with open_image(layer.storage.name, "r+", format=fmt, references=references, cache=cache, secret=secret) as base:
         below = base.layers[0]
         if getattr(below.storage, "identity", None) != getattr(layer.storage, "identity", None):
             raise UsageError("the backing file was replaced meanwhile", path=layer.storage.name)

@@ -28,6 +28,7 @@ from qcowlib.units import SECTOR
 
 if TYPE_CHECKING:
     from qcowlib.image import CacheMode
+    from qcowlib.opening import Secrets
     from qcowlib.opening import Source as OpenSource
 
 __all__ = ["Comparison", "Verdict", "compare", "part_of", "reads_zero", "runs_to", "same_place"]
@@ -79,7 +80,7 @@ def compare(
     references: References = qemu_like,
     cache: CacheMode = "writeback",
     force_share: bool = False,
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     progress: Callable[[int, int], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     workers: int | None = None,

@@ -46,7 +46,6 @@ from qcowlib.jobs.pipeline import DEFAULT_MEMORY, Control, run
 from qcowlib.jobs.plan import Plan, Source
 from qcowlib.jobs.targets import BuildTarget, ImageTarget, RawTarget
 from qcowlib.jobs.targets import Target as Sink
-from qcowlib.ondisk import CRYPT_NONE
 from qcowlib.qcow2.create import CreateOptions, create_raw, new_header
 from qcowlib.qcow2.create import create as create_qcow2
 from qcowlib.qcow2.image import Qcow2Image
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from qcowlib.codec import Codec, Level
     from qcowlib.image import CacheMode
     from qcowlib.ondisk import Header
+    from qcowlib.opening import Secrets
     from qcowlib.opening import Source as OpenSource
     from qcowlib.storage.base import Storage
 
@@ -108,8 +108,8 @@ def convert(
     source_cache: CacheMode = "writeback",
     cache: CacheMode = "writeback",
     force_share: bool = False,
-    secret: str | bytes | None = None,
-    target_secret: str | bytes | None = None,
+    secret: Secrets | None = None,
+    target_secret: Secrets | None = None,
     progress: Callable[[int, int], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     rate: int | None = None,
@@ -145,7 +145,7 @@ def convert(
             sources.append(Source(image, sources[-1].end if sources else 0))
         job = Job(sources, sparse, compress, level, base is not None, 0, copy_offload, salvage, control)
         if not existing and not isinstance(target, Image):
-            into_new(job, target, format, base, backing_format, cache, references, options)
+            into_new(job, target, format, base, backing_format, cache, references, options, target_secret)
             return
         if not isinstance(target, Image):
             target = open_image(target, "r+", format=format, references=references, cache=cache, secret=target_secret)
@@ -228,6 +228,7 @@ def into_new(
     cache: CacheMode,
     references: References,
     options: dict[str, object],
+    secret: Secrets | None = None,
 ) -> None:
     """Create *target* and carry out *job*; arguments as :func:`convert`."""
     name = os.fsdecode(target) if isinstance(target, str | bytes | os.PathLike) else target.name
@@ -250,7 +251,7 @@ def into_new(
         if plain and described.preallocation == "off" and described.encrypt is None:
             _build(job, storage, described, data)
         else:
-            _fill(job, storage, described, data, references)
+            _fill(job, storage, described, data, references, secret)
 
 
 def _build(job: Job, storage: Storage, described: CreateOptions, data: Storage | None) -> None:
@@ -262,13 +263,18 @@ def _build(job: Job, storage: Storage, described: CreateOptions, data: Storage |
     _copy(job, target, header, zeroed=described.backing_file is None)
 
 
-def _fill(job: Job, storage: Storage, described: CreateOptions, data: Storage | None, references: References) -> None:
-    """Create the image, its magic held back, and write into it as a guest would."""
-    if described.encrypt is not None and described.encrypt.method != CRYPT_NONE:
-        raise UsageError("an encrypted target must exist (existing=True)", path=storage.name)
+def _fill(
+    job: Job,
+    storage: Storage,
+    described: CreateOptions,
+    data: Storage | None,
+    references: References,
+    secret: Secrets | None,
+) -> None:
+    """Create the image, its magic held back, and write into it as a guest would; *secret* unlocks it."""
     held = HeldMagic(storage)
     header = create_qcow2(held, described, data=data)
-    image = open_image(held, "r+", format="qcow2", references=references, data_file=data, lock=False)
+    image = open_image(held, "r+", format="qcow2", references=references, data_file=data, lock=False, secret=secret)
     try:
         _copy(job, ImageTarget(image), header, zeroed=described.backing_file is None)
     finally:

@@ -24,6 +24,7 @@ from qcowlib.jobs.plan import Source
 
 if TYPE_CHECKING:
     from qcowlib.image import CacheMode
+    from qcowlib.opening import Secrets
     from qcowlib.opening import Source as OpenSource
     from qcowlib.storage.base import Storage
 
@@ -42,7 +43,7 @@ def dd(
     references: References = qemu_like,
     cache: CacheMode = "writeback",
     force_share: bool = False,
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     progress: Callable[[int, int], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     workers: int | None = None,

@@ -29,7 +29,7 @@ from qcowlib.units import SECTOR, ceil_div, round_up
 
 if TYPE_CHECKING:
     from qcowlib.image import CacheMode
-    from qcowlib.opening import Source
+    from qcowlib.opening import Secrets, Source
 
 __all__ = ["Measurement", "measure"]
 
@@ -59,7 +59,7 @@ def measure(
     references: References = qemu_like,
     cache: CacheMode = "writeback",
     force_share: bool = False,
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     **options: object,
 ) -> Measurement:
     """Measure a new image of *format* for *source*: a size in bytes, a name, a storage or an open image.

@@ -34,6 +34,7 @@ from qcowlib.units import SECTOR, round_down
 
 if TYPE_CHECKING:
     from qcowlib.image import CacheMode
+    from qcowlib.opening import Secrets
 
 __all__ = ["check_backing_fits", "flatten", "rebase"]
 
@@ -50,7 +51,7 @@ def rebase(
     references: References = qemu_like,
     cache: CacheMode = "writeback",
     source_cache: CacheMode = "writeback",
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     progress: Callable[[int, int], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     rate: int | None = None,
@@ -92,7 +93,7 @@ def flatten(
     format: str | None = None,
     references: References = qemu_like,
     cache: CacheMode = "writeback",
-    secret: str | bytes | None = None,
+    secret: Secrets | None = None,
     progress: Callable[[int, int], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     rate: int | None = None,

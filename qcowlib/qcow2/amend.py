@@ -26,7 +26,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qcowlib.driver import DATA
-from qcowlib.errors import SecretError, UsageError, printable
+from qcowlib.errors import UsageError, printable
 from qcowlib.ondisk import (
     AUTOCLEAR_RAW_DATA,
     COMPAT_LAZY_REFCOUNTS,
@@ -47,12 +47,12 @@ from qcowlib.qcow2.resize import resize
 from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
 if TYPE_CHECKING:
-    from qcowlib.crypto import Secret
+    from qcowlib.luks import KeyChange
     from qcowlib.ondisk import Header
     from qcowlib.qcow2.image import Qcow2Image
     from qcowlib.qcow2.write import Writer
 
-__all__ = ["AmendOptions", "KeyChange", "amend"]
+__all__ = ["AmendOptions", "amend"]
 
 _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _COMPATIBLE_FIELD = (80, 88)
@@ -60,22 +60,6 @@ _AUTOCLEAR_FIELD = (88, 96)
 _MAX_LUKS_AREA = 16 * MiB
 
 Report = Callable[[int, int], object]
-
-
-class KeyChange(NamedTuple):
-    """What happens to LUKS key slots: ``state`` is ``active`` (add a key) or ``inactive`` (erase).
-
-    ``secret`` is the passphrase that unlocks the image, needed to add another
-    one; ``force`` allows to erase the last slot.
-    """
-
-    state: str | None = None
-    keyslot: int | None = None
-    old_secret: Secret | str | bytes | None = None
-    new_secret: Secret | str | bytes | None = None
-    iter_time: int | None = None
-    secret: Secret | str | bytes | None = None
-    force: bool = False
 
 
 class AmendOptions(NamedTuple):
@@ -190,7 +174,7 @@ class _Wanted(NamedTuple):
                 raise UsageError(message, path=self.path)
         self._check_backing(header, options)
         if options.encrypt is not None:
-            _check_keys(options.encrypt)
+            options.encrypt.check()
 
     def _check_backing(self, header: Header, options: AmendOptions) -> None:
         if options.backing_file is None and options.backing_format is None:
@@ -362,25 +346,6 @@ async def _change_header(writer: Writer, options: AmendOptions, lazy: bool) -> N
 # -- keys ----------------------------------------------------------------------
 
 
-def _check_keys(change: KeyChange) -> None:
-    if change.state is None:
-        raise UsageError("Parameter 'state' is missing")
-    if change.state not in ("active", "inactive"):
-        raise UsageError(f"Parameter 'state' does not accept value '{printable(change.state)}'")
-    if change.state == "active":
-        if change.new_secret is None:
-            raise UsageError("'new-secret' is required to activate a keyslot")
-        if change.old_secret is not None:
-            raise UsageError("'old-secret' must not be given when activating keyslots")
-        if change.secret is None:
-            raise SecretError("the passphrase of the image is needed to add another one")
-    else:
-        if change.new_secret is not None:
-            raise UsageError("'new-secret' must not be given when erasing keyslots")
-        if change.iter_time is not None:
-            raise UsageError("'iter-time' must not be given when erasing keyslots")
-
-
 async def _change_keys(image: Qcow2Image, change: KeyChange) -> None:
     """Write the key slots; the engine's own key stays what it is."""
     from qcowlib.luks import LuksHeader
@@ -392,17 +357,7 @@ async def _change_keys(image: Qcow2Image, change: KeyChange) -> None:
     area = bytearray(pointer.length)
     await image.runtime.io(image.storage.read_into, pointer.offset, [area])
     header = LuksHeader.parse(area)
-    if change.state == "active" and change.new_secret is not None and change.secret is not None:
-        writes = header.add_key(
-            area,
-            change.secret,
-            change.new_secret,
-            keyslot=change.keyslot,
-            iter_time=change.iter_time,
-            force=change.force,
-        )
-    else:
-        writes = header.erase_keys(area, keyslot=change.keyslot, old=change.old_secret, force=change.force)
+    writes = header.change(area, change)
     for offset, data in writes:
         await image.runtime.io(image.storage.write, pointer.offset + offset, [data])
         await image.changing.barrier()

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from qcowlib.crypto import Cipher, Secret
+    from qcowlib.luks import KeyChange
 
-__all__ = ["EncryptedStorage", "create_luks", "open_luks"]
+__all__ = ["EncryptedStorage", "change_keys", "create_luks", "open_luks"]
 
 # Bytes that are transformed at once, so that no copy of a whole request is kept.
 _PIECE = 1 << 20
@@ -39,12 +40,30 @@ def open_luks(storage: Storage, passphrase: Secret | str | bytes) -> EncryptedSt
     Raises FormatError and CorruptImage for a bad header, SecretError for a
     passphrase that no key slot takes.
     """
+    header, area = _header(storage)
+    return EncryptedStorage(storage, header.payload, LuksHeader.open(area, passphrase, host_sectors=False))
+
+
+def _header(storage: Storage) -> tuple[LuksHeader, bytearray]:
+    """Return the header and the bytes that hold its key material too."""
     fixed = bytearray(HEADER_BYTES)
     storage.read_into(0, [fixed])
     header = LuksHeader.parse(fixed)
     area = bytearray(min(header.payload, _AREA_LIMIT, storage.size))
     storage.read_into(0, [area])
-    return EncryptedStorage(storage, header.payload, LuksHeader.open(area, passphrase, host_sectors=False))
+    return header, area
+
+
+def change_keys(storage: Storage, change: KeyChange) -> None:
+    """Change the key slots of the LUKS file *storage*; durable when this returns.
+
+    Raises UsageError with qemu's words, SecretError, StorageError.
+    """
+    header, area = _header(storage)
+    # Invariant: each write is durable before the next, so a key works after a power cut at any point.
+    for offset, data in header.change(area, change):
+        storage.write(offset, [data])
+        storage.flush()
 
 
 def create_luks(storage: Storage, size: int, passphrase: Secret | str | bytes, **options: str | int) -> None:
@@ -80,6 +99,11 @@ class EncryptedStorage:
     @property
     def name(self) -> str:
         return self._storage.name
+
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """The file's, so that it is known again whatever is made of its bytes."""
+        return getattr(self._storage, "identity", None)
 
     @property
     def size(self) -> int:
@@ -155,6 +179,11 @@ class EncryptedStorage:
 
     def close(self) -> None:
         self._storage.close()
+
+    def change_keys(self, change: KeyChange) -> None:
+        """Change the key slots of the LUKS file below, as :func:`change_keys`."""
+        with self._lock:
+            change_keys(self._storage, change)
 
     def fd_map(self) -> Sequence[FdSegment] | None:
         """``None``: the bytes in the file are not those of this storage."""

@@ -16,8 +16,8 @@ import pytest
 import qcowlib
 from qcowlib import aio
 from qcowlib.errors import SecretError
-from qcowlib.luks import LuksHeader
-from qcowlib.qcow2.amend import AmendOptions, KeyChange
+from qcowlib.luks import KeyChange, LuksHeader
+from qcowlib.qcow2.amend import AmendOptions
 from qcowlib.qcow2.create import CreateOptions, Encryption, create
 from qcowlib.storage.memory import MemoryStorage
 from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe

@@ -57,7 +57,7 @@ def run(args: Args, console: Console) -> int:
     status, shown = 0, []
     for name in args.operands:
         try:
-            ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
+            ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"), backing=False)
             shown += _chain(ref, args, console)
         except Failure as failure:
             if not more:

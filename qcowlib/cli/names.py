@@ -86,14 +86,17 @@ def known_format(name: str) -> bool:
     return name in FORMATS
 
 
-def image_ref(text: str, fmt: str | None, *, image_opts: bool = False) -> ImageRef:
-    """Parse *text*.  Raises :class:`Failure` with the words of an open error."""
+def image_ref(text: str, fmt: str | None, *, image_opts: bool = False, backing: bool = True) -> ImageRef:
+    """Parse *text*.  Raises :class:`Failure` with the words of an open error.
+
+    Without *backing* the backing file will not be opened, and nothing may be said of it.
+    """
     if image_opts:
         if fmt is not None:
             raise Failure("--image-opts and --format are mutually exclusive")
-        return _from_tree(text, _tree(_implied(text)), None)
+        return _from_tree(text, _tree(_implied(text)), None, backing)
     if text.startswith("json:"):
-        return _from_tree(text, _json_tree(text), fmt)
+        return _from_tree(text, _json_tree(text), fmt, backing)
     if fmt is not None and fmt not in _OPENABLE and fmt not in _FILES:
         raise _refused(text, f"Unknown driver '{fmt}'")
     path = strip_protocol(text)
@@ -179,7 +182,7 @@ def _flatten(value: Mapping[str, object], prefix: str) -> list[tuple[str, Leaf]]
     return items
 
 
-def _from_tree(text: str, root: Tree, fmt: str | None) -> ImageRef:
+def _from_tree(text: str, root: Tree, fmt: str | None, backing: bool) -> ImageRef:
     driver = root.get("driver", fmt)
     if fmt is not None:
         driver = fmt if "driver" not in root or root["driver"] in _FILES else driver
@@ -197,7 +200,7 @@ def _from_tree(text: str, root: Tree, fmt: str | None) -> ImageRef:
         return ref
     ref.format = driver
     _walk_files(ref, root)
-    _check_keys(text, root, driver)
+    _check_keys(text, root, driver, backing)
     _format_options(ref, root)
     return ref
 
@@ -272,13 +275,13 @@ def _file_name(text: str, node: Tree) -> str:
     return name
 
 
-def _check_keys(text: str, node: Tree, driver: str | None) -> None:
+def _check_keys(text: str, node: Tree, driver: str | None, backing: bool = False) -> None:
     """Refuse keys that a format does not know."""
     known = _KEYS.get(driver or "", _QCOW2 | _RAW)
     for key, _ in _leaves(node):
         if key.startswith("file.") or key == "file" or key in known or key in _COMMON:
             continue
-        if driver in ("qcow2", None) and key.startswith(("data-file.", "backing.")):
+        if driver in ("qcow2", None) and key.startswith(("data-file.", "backing.") if backing else "data-file."):
             continue
         raise _refused(text, f"Block format '{driver or 'raw'}' does not support the option '{key}'")
     for key in ("read-only", "force-share", "auto-read-only"):

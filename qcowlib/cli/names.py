@@ -339,5 +339,7 @@ def _backing(text: str, root: Tree) -> ImageRef:
     ref.secret = secret if isinstance(secret, str) else None
     below = root.get("backing")
     if isinstance(below, dict):
+        if "driver" in below:
+            raise _refused(text, "Could not open backing file: only the first backing file takes a driver")
         ref.backing = _backing(text, below)
     return ref

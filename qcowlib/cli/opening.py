@@ -235,10 +235,21 @@ def open_image(
         )
     except Error as error:
         raise open_failure(ref.text, error, code=code) from None
+    if backing and len(image.layers) <= _said_below(ref):
+        image.close()
+        raise Failure(f"Could not open '{ref.text}': 'backing' is for images that name a backing file", code=code)
     if writable:
         tell_probed_raw(ref, image, console)
     tell_lost_bitmaps(getattr(image.layers[0], "header", None), console)
     return image
+
+
+def _said_below(ref: ImageRef) -> int:
+    count = 0
+    while ref.backing is not None:
+        ref = ref.backing
+        count += 1
+    return count
 
 
 def _source(

@@ -323,3 +323,17 @@ def test_merge_cut_after_it_was_linked_is_ended_by_the_same_command(qcow: Any, t
     assert (outcome.status, outcome.out) == (0, "Layers merged.\n")
     assert sorted(path.name for path in tmp_path.iterdir() if len(path.name) == 1) == ["a", "d"]
     assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("backing.driver=qcow2", "'backing' is for images that name a backing file"),
+        ("backing.backing.driver=raw", "only the first backing file takes a driver"),
+    ],
+)
+def test_what_is_said_of_a_backing_file_is_used_or_refused(qcow: Any, options: str, message: str) -> None:
+    qcow("create", "-q", "-f", "qcow2", "a", "1M")
+    outcome = qcow("map", "--image-opts", f"driver=qcow2,file.filename=a,{options}")
+    assert outcome.status == 1
+    assert message in outcome.err

@@ -116,3 +116,6 @@ def reraise_snapshot(failure: Failure, snapshot: str | None) -> None:
     for cause in ("Can't find snapshot", "Snapshot L1 table too large", "Snapshot L1 table offset invalid"):
         if cause in text:
             raise Failure(f"Failed to load snapshot: {cause}") from None
+    if "raw images have no snapshots" in text:
+        cause = "Block format 'raw' used by device '' does not support temporarily loading internal snapshots"
+        raise Failure(f"Failed to load snapshot: {cause}") from None

@@ -161,18 +161,15 @@ def open_backing(
 
     try:
         with open_image(path, format=format or parsed.format, references=references, cache=cache) as image:
-            if format is None and parsed.format is None:
-                raise FormatError(
-                    "Backing file specified without backing format",
-                    path=owner,
-                    hint=f"Detected format of {image.format}.",
-                )
-            return image.size
-    except FormatError:
-        raise
+            size, found = image.size, image.format
     except Error as error:
         error.hint = error.hint or "Could not open backing image."
         raise
+    if format is None and parsed.format is None:
+        raise FormatError(
+            "Backing file specified without backing format", path=owner, hint=f"Detected format of {found}."
+        )
+    return size
 
 
 def _same_file(a: str, b: str) -> bool:

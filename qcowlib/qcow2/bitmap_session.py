@@ -48,6 +48,7 @@ from qcowlib.qcow2.bitmap import (
     Table,
     dirty_ranges,
     find_bitmap,
+    granularity_bits,
     new_entry,
     usable,
 )
@@ -274,6 +275,9 @@ class BitmapSession:
         return [entry if other.name == entry.name else other for other in self.entries]
 
     def _new(self, name: str, granularity: int | None, flags: int) -> BitmapEntry:
+        # Source: qemu looks at the granularity before it looks for the name.
+        if granularity is not None:
+            granularity_bits(granularity)
         if any(entry.name == name.encode(errors="surrogateescape") for entry in self.entries):
             raise UsageError(f"Bitmap already exists: {printable(name)}", path=self.path)
         entry = new_entry(self.image.header, name, granularity, flags, self.path)

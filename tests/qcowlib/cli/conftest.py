@@ -84,6 +84,15 @@ def visible(outcome: Outcome) -> Outcome:
     return Outcome(outcome.status, out, err)
 
 
+def _real_words(line: str) -> list[str]:
+    words = split(line)
+    if words[0] != "io":
+        return ["qemu-img", *words]
+    form = words[1:3] if words[1] == "-f" else []
+    name, *commands = words[1 + len(form) :]
+    return ["qemu-io", *form, *(word for command in commands for word in ("-c", command)), name]
+
+
 class Pair:
     """Two scratch directories that start out equal."""
 
@@ -94,15 +103,15 @@ class Pair:
         self.ours.mkdir()
 
     def setup(self, *lines: str) -> None:
-        """Run real commands in both directories (``io NAME COMMAND...`` is qemu-io)."""
+        """Run real commands in both directories (``io [-f FORMAT] NAME COMMAND...`` is qemu-io)."""
         for where in (self.real, self.ours):
             for line in lines:
-                words = split(line)
-                program = "qemu-img"
-                if words[0] == "io":
-                    program, name, *commands = "qemu-io", *words[1:]
-                    words = [word for command in commands for word in ("-c", command)] + [name]
-                _run([program, *words], where).check_returncode()
+                _run(_real_words(line), where).check_returncode()
+
+    def attempt(self, line: str) -> None:
+        """Run a real command in both directories; it may fail, in both alike."""
+        real, ours = (_run(_real_words(line), where) for where in (self.real, self.ours))
+        assert ours.returncode == real.returncode, (line, ours.stdout, ours.stderr)
 
     def compare(self, line: str | Sequence[str], *, sizes: bool = True) -> Outcome:
         """Run *line* with both programs; the visible outcome must be the same, and is returned.

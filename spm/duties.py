@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from qcowlib.errors import Error
 from qcowlib.storage.file import FileStorage
 from qcowlib.units import MiB
-from storage_pool.block_domain import BlockDomain, open_logical_volume
+from storage_pool.block_domain import BlockDomain
 from storage_pool.errors import Illegal, NotAuthorized
+from storage_pool.lv_storage import open_logical_volume
 from storage_pool.rooted import Rooted
 
 from .extend import ExtensionServer

@@ -19,9 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from qcowlib.errors import Busy
 from qcowlib.runtime import new_condition
-from qcowlib.storage.file import FileStorage
-from qcowlib.storage.linear import LinearStorage, Segment
 from qcowlib.units import MiB, ceil_div
 
 from . import layout
@@ -31,6 +30,7 @@ from .ids import BLANK, check_id, is_id
 from .lease_records import SafeleaseTag, lockspace_area, read_leader, resource_area, write_area
 from .leases import Lease, LeaseArea
 from .limits import check_metadata_room, group_warnings, text_warnings
+from .lv_storage import catch_up, open_logical_volume
 from .lvm import Lv, Lvm, VgState
 from .metadata_domain import LATEST_VERSION, DomainMetadata, pack_v1, unpack_v1, v1_slot
 from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse
@@ -44,29 +44,6 @@ if TYPE_CHECKING:
     from .token import SpmToken
 
 __all__ = ["BlockDomain"]
-
-
-def open_logical_volume(lvm: Lvm, state: VgState, name: str, *, writable: bool = False) -> Storage:
-    """Open the bytes of a logical volume: its device where it can be active, else its extents.
-
-    Raises: NotFound, LvmError, StorageError.
-    """
-    if lvm.activation:
-        if not state.lv(name).active:
-            lvm.activate(state.vg.name, [name])
-        return FileStorage.open(f"/dev/{state.vg.name}/{name}", writable=writable, cache="none")
-    devices: dict[str, FileStorage] = {}
-    try:
-        segments = []
-        for place in state.placements(name):
-            if place.device not in devices:
-                devices[place.device] = FileStorage.open(place.device, writable=writable, cache="none")
-            segments.append(Segment(devices[place.device], place.offset, place.size))
-        return LinearStorage(segments, name=f"{state.vg.name}/{name}", owned=True)
-    except BaseException:
-        for device in devices.values():
-            device.close()
-        raise
 
 
 class BlockDomain:
@@ -441,12 +418,27 @@ class BlockDomain:
     def reduce(self, token: SpmToken, volume: str, size: int) -> None:
         extent = self.state.vg.extent_size
         if ceil_div(size, extent) * extent < self.size_of(volume):
+            self.require_unused([volume])
             token.check()
             with self._changing():
                 self.lvm.reduce_volume(self._name, volume, ceil_div(size, MiB))
 
     def open_volume(self, volume: str, *, writable: bool = False) -> Storage:
         return open_logical_volume(self.lvm, self._with(volume), volume, writable=writable)
+
+    def catch_up(self, volume: str, storage: Storage) -> None:
+        """Let *storage* of :meth:`open_volume` have the size the volume has by now; others may write meanwhile.
+
+        The volume's device follows with it for whoever else on this host has it open.
+        """
+        self.changed()
+        catch_up(self.lvm, self.state, volume, storage)
+
+    def require_unused(self, volumes: Sequence[str]) -> None:
+        if self.lvm.activation:
+            self.changed()
+            if used := sorted(name for name in volumes if name in self.state.lvs and self.state.lvs[name].opened):
+                raise Busy(f"the volume {used[0]} is in use on this host", path=self._name)
 
     def share(self, token: SpmToken, volume: str, image: str) -> None:
         """Nothing: the parent tag of the image's volume says it."""

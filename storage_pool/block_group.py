@@ -22,9 +22,10 @@ from qcowlib.errors import StorageError
 from qcowlib.units import GiB
 
 from . import layout
-from .block_domain import BlockDomain, open_logical_volume
+from .block_domain import BlockDomain
 from .errors import Illegal, InvalidName, LvmError, NotFound, UnsupportedVersion
 from .lease_records import SafeleaseTag, lockspace_area, resource_area, write_area
+from .lv_storage import open_logical_volume
 from .lvm import Lvm, Pv, VgState
 from .metadata_domain import BLOCK_TYPES, DomainMetadata, PvEntry, mapping_for, new_domain_values, pack_v1
 from .sealed import to_tags

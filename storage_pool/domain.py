@@ -116,6 +116,9 @@ class Domain(Protocol):
     def open_volume(self, volume: str, *, writable: bool = False) -> Storage:
         """Return the bytes of a volume, allocated or published."""
 
+    def require_unused(self, volumes: Sequence[str]) -> None:
+        """Raise Busy when a volume is known to be open on this host."""
+
     def share(self, token: SpmToken, volume: str, image: str) -> None:
         """Make a template usable in another image."""
 

@@ -448,6 +448,9 @@ class FileDomain:
     def open_volume(self, volume: str, *, writable: bool = False) -> FileStorage:
         return self._root.storage(self._where(volume), writable=writable)
 
+    def require_unused(self, volumes: Sequence[str]) -> None:
+        """Nothing: files do not tell; images are locked where they are opened."""
+
     def share(self, token: SpmToken, volume: str, image: str) -> None:
         check_id(image, "image UUID")
         own = self._where(volume)

@@ -37,7 +37,7 @@ _VG_COLUMNS: Final = (
 _PV_COLUMNS: Final = (
     "pv_name,pv_uuid,pv_size,pe_start,pv_pe_count,pv_pe_alloc_count,pv_mda_count,pv_mda_used_count,dev_size,pv_missing"
 )
-_LV_COLUMNS: Final = "lv_name,lv_uuid,lv_attr,lv_size,lv_tags,lv_health_status"
+_LV_COLUMNS: Final = "lv_name,lv_uuid,lv_attr,lv_size,lv_tags,lv_health_status,lv_active_locally,lv_device_open"
 _SEG_COLUMNS: Final = "lv_name,segtype,seg_start,seg_size,seg_pe_ranges"
 
 
@@ -500,6 +500,18 @@ def _complaint(done: Completed) -> str:
     return printable(lines[-1]) if lines else f"exit status {done.returncode}"
 
 
+def _true_attr(row: Mapping[str, str]) -> str:
+    """Return ``lv_attr`` with its bits of state known.
+
+    LVM prints ``X`` for both where the device of an active volume has another
+    size than its group says, as after an extension that left the device alone.
+    """
+    attr = row["lv_attr"]
+    if attr[4:5] != "X" or row.get("lv_active_locally") != "active locally":
+        return attr
+    return f"{attr[:4]}a{'o' if row.get('lv_device_open') == 'open' else '-'}{attr[6:]}"
+
+
 def _state(part: Mapping[str, list[dict[str, str]]]) -> VgState:
     row = part["vg"][0]
     vg = Vg(
@@ -530,7 +542,7 @@ def _state(part: Mapping[str, list[dict[str, str]]]) -> VgState:
         row["lv_name"]: Lv(
             row["lv_name"],
             row["lv_uuid"],
-            row["lv_attr"],
+            _true_attr(row),
             int(row["lv_size"]),
             _names(row["lv_tags"]),
             row["lv_health_status"],

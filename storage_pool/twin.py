@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from qcowlib.units import MiB, ceil_div
 
 from . import layout
-from .block_domain import BlockDomain, open_logical_volume
+from .block_domain import BlockDomain
 from .domain import Domain
 from .errors import NotFound, UnsupportedVersion
 from .file_domain import FileDomain
 from .ids import check_id
+from .lv_storage import open_logical_volume
 
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage

@@ -435,7 +435,7 @@ def remove_volumes(
     then they disappear one after the other; :func:`recover_removals` ends it.
 
     Raises: Illegal for a template in use and for a volume whose child stays
-    (unless *force*).
+    (unless *force*), Busy for one that this host has open.
     """
     going = set(volumes)
     records = {}
@@ -443,6 +443,7 @@ def remove_volumes(
         record = _removable(domain, volume, going, force)
         if record is not None:
             records[volume] = record
+    domain.require_unused(list(records))
     if len(volumes) > 1:
         _note_removal(token, domain, volumes, records, zero=zero)
     domain.mark_removed(token, image, volumes, zero=zero)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import virtual_host
 
 PROGRAMS = (
     "qemu-img",
@@ -52,6 +53,11 @@ def _missing() -> list[str]:
     return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
+def _missing_hosts() -> list[str]:
+    """Its kernel is fetched by ``./run setup``, which a machine without package archive cannot do."""
+    return [] if virtual_host.available() else ["virtual-host"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     missing = _missing()
     if missing and os.environ.get("CI") == "true":
@@ -60,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"hypothesis profile: {hypothesis.settings.get_current_profile_name()}"]
-    if missing := _missing():
+    if missing := _missing() + _missing_hosts():
         lines.append(f"NOT INSTALLED: {', '.join(missing)}; tests that compare with them are left out")
     return lines
 
@@ -72,7 +78,7 @@ def _programs_of(item: pytest.Item) -> set[str]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what cannot run here, and keep each file on one worker."""
-    missing = set(_missing())
+    missing = {*_missing(), *_missing_hosts()}
     left_out = [item for item in items if missing & _programs_of(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -112,10 +112,20 @@ install_project() {
     printf '%s\n' "$stamp" >"$venv/.installed"
 }
 
+# Kernel and busybox of the virtual host, unpacked below build/: 28 MB, once.
+fetch_virtual_host() {
+    [ "$(id -u)" = 0 ] && [ -z "${QCOWLIB_NO_APT:-}" ] && [ ! -f build/virtual-host/ready ] || return 0
+    command -v apt-get >/dev/null 2>&1 || return 0
+    say "fetching the kernel of the virtual host"
+    python3 tests/virtual/virtual_host.py >build/virtual-host.log 2>&1 ||
+        say "not fetched (build/virtual-host.log), tests in a virtual host are left out"
+}
+
 setup() {
     install_packages
     make_environment
     unpack_headers
     build_core
     install_project
+    fetch_virtual_host
 }

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from storage_pool.block_domain import open_logical_volume
+from storage_pool.lv_storage import open_logical_volume
 from storage_pool.lvm import Lvm
 from storage_pool.xlease import INDEX_SIZE, format_index
 

@@ -59,7 +59,7 @@ def _missing_hosts() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    missing = _missing()
+    missing = _missing() + _missing_hosts()
     if missing and os.environ.get("CI") == "true":
         raise pytest.UsageError(f"programs that the tests compare with are missing: {', '.join(missing)}")
 

@@ -109,20 +109,29 @@ def test_resize(made: Images, lines: list[str], snapshot: bool) -> None:
 amends = st.lists(
     st.sampled_from(
         (
-            "compat=0.10", "compat=1.1", "lazy_refcounts=on", "lazy_refcounts=off", "refcount_bits=1",
-            "refcount_bits=8", "refcount_bits=16", "refcount_bits=64", "size=2M", "size=4M",
+            "compat=1.1", "lazy_refcounts=on", "lazy_refcounts=off", "refcount_bits=1", "refcount_bits=8",
+            "refcount_bits=16", "refcount_bits=64",
         )
     ),
     min_size=1, max_size=3, unique=True,
-).map(",".join)  # fmt: skip
+)  # fmt: skip
 
 
 # The real program changes refcounts of large clusters for minutes.
 @few
-@given(images(clusters=("512", "4k", "64k", "64k")), quiet, st.lists(amends, min_size=1, max_size=2), st.booleans())
-def test_amend(made: Images, flag: str, lists: list[str], snapshot: bool) -> None:
+@given(
+    images(clusters=("512", "4k", "64k", "64k")),
+    quiet,
+    st.lists(amends, min_size=1, max_size=2),
+    st.sampled_from(("", "compat=0.10", "size=2M", "size=4M")),
+    st.booleans(),
+)
+def test_amend(made: Images, flag: str, lists: list[list[str]], last: str, snapshot: bool) -> None:
+    if "size" in last and any("0.10" in line for line in made.lines):
+        last = "compat=0.10"  # growing version 2 images is refused there: docs/drop_in.md
+    changes = [*(",".join(words) for words in lists), *([last] if last else [])]
     with built(made, *(["snapshot -c s top"] if snapshot else [])) as pair:
-        play(pair, [f"amend {flag} -o {words} top" for words in lists], "top", allocation=False)
+        play(pair, [f"amend {flag} -o {words} top" for words in changes], "top", allocation=False)
 
 
 bitmaps = st.one_of(
@@ -152,9 +161,9 @@ def test_bitmap(made: Images, lines: list[str]) -> None:
 conversions = st.builds(
     "convert {} {} {} {}".format,
     st.sampled_from(("-O raw", "-O qcow2", "-O qcow2 -c", "-O qcow2 -o cluster_size=4k", "-O qcow2 -o compat=0.10",
-                     "-O qcow2 -o extended_l2=on", "-O qcow2 -o preallocation=metadata", "-O qcow2 -c -o cluster_size=1k",
-                     "-O qcow2 -c -o compression_type=zstd", "-O qcow2 -o lazy_refcounts=on,refcount_bits=1")),
-    st.sampled_from(("", "-S 0", "-S 64k", "-S 512", "-W", "-m 3", "-r 1G", "-C", "-W -m 8", "-t none", "-T none", "-U")),
+                     "-O qcow2 -o extended_l2=on", "-O qcow2 -o preallocation=metadata",
+                     "-O qcow2 -c -o cluster_size=1k", "-O qcow2 -c -o compression_type=zstd", "-O qcow2 -o lazy_refcounts=on,refcount_bits=1")),
+    st.sampled_from(("", "-S 0", "-S 64k", "-S 512", "-W", "-m 3", "-r 1G", "-C", "-W -m 8", "-t none", "-U")),
     st.sampled_from(("", "", "-q", "--salvage", "-l s", "-l nothing")),
     st.sampled_from(("base", "top", "other", "mid other", "top base", "-B base -F qcow2 mid", "-B mid -F qcow2 top",
                      "-f raw base")),

@@ -96,5 +96,6 @@ def test_sequences_with_bitmaps_end_the_same(lines: list[str]) -> None:
 @settings(max_examples=6 * LONG, deadline=None)
 @given(st.lists(st.one_of(common, levels), min_size=3, max_size=12))
 def test_sequences_with_versions_end_the_same(lines: list[str]) -> None:
-    # qemu-img loses zeros of a version 2 image without a backing file when that gets one: not compared.
-    _play([line for line in lines if "-b ''" not in line])
+    # Of version 2 images with a backing file not compared: growing them, which qemu-img refuses, and
+    # giving one to an image that had none, where qemu-img loses zeros.
+    _play([line for line in lines if not any(word in line for word in ("-b ''", "resize", "size=2M"))])

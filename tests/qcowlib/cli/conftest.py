@@ -33,7 +33,9 @@ class Outcome(NamedTuple):
 def _run(command: list[str], where: Path) -> subprocess.CompletedProcess[bytes]:
     """Run a real program; making LUKS keys fails now and then on a busy machine."""
     for _ in range(20):
-        done = subprocess.run(command, cwd=where, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            command, cwd=where, capture_output=True, stdin=subprocess.DEVNULL, check=False, timeout=120
+        )
         if b"accurate CPU usage" not in done.stderr:
             break
     return done

@@ -337,3 +337,15 @@ def test_what_is_said_of_a_backing_file_is_used_or_refused(qcow: Any, options: s
     outcome = qcow("map", "--image-opts", f"driver=qcow2,file.filename=a,{options}")
     assert outcome.status == 1
     assert message in outcome.err
+
+
+def test_compressed_data_are_not_written_over_data(qcow: Any, tmp_path: Path) -> None:
+    qcow("create", "-q", "-f", "qcow2", "new", "64k")
+    with qcowlib.open(tmp_path / "new", "r+") as image:
+        image.pwrite(b"9" * 65536, 0)
+    qcowlib.create(tmp_path / "source", 65536)
+    outcome = qcow("convert", "-n", "-O", "qcow2", "-c", "-S", "0", "source", "new")
+    assert (outcome.status, outcome.err.count("\n")) == (1, 1)
+    assert "compressed data can only be written where nothing is allocated" in outcome.err
+    with qcowlib.open(tmp_path / "new") as image:
+        assert image.pread(4, 0) == b"9999"

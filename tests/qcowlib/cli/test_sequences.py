@@ -16,7 +16,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.qcowlib.cli.alike import LONG, assert_alike, recorded
-from tests.qcowlib.cli.conftest import Pair
+from tests.qcowlib.cli.conftest import Pair, run_ours, run_real, split
 
 pytestmark = [pytest.mark.real("qemu-img", "qemu-io"), pytest.mark.fuzz]
 
@@ -62,6 +62,12 @@ looks = st.sampled_from(("check -q top", "snapshot -l top", "compare top base", 
 common = st.one_of(writes, writes, snapshots, resizes, rebases, commits, amends, looks)
 
 
+def _check(pair: Pair, line: str) -> None:
+    """Ours never needs repair; qemu-img leaves leaks behind, as when it shrinks an image under snapshots."""
+    assert run_ours(split(line), pair.ours).status == 0
+    assert run_real(split(line), pair.real).status in (0, 3)
+
+
 def _play(lines: list[str]) -> None:
     with tempfile.TemporaryDirectory() as root:
         pair = Pair(Path(root))
@@ -76,6 +82,8 @@ def _play(lines: list[str]) -> None:
             note(line)
             if line.startswith("!"):
                 pair.attempt(line[1:])
+            elif line.startswith("check"):
+                _check(pair, line)
             else:
                 pair.compare(line)
         assert_alike(pair, *NAMES, allocation=False)
@@ -85,14 +93,12 @@ def _play(lines: list[str]) -> None:
         assert all(ours[name] >= real[name] for name in ours)
 
 
-@pytest.mark.timeout(0)
 @settings(max_examples=6 * LONG, deadline=None)
 @given(st.lists(st.one_of(common, bitmaps), min_size=3, max_size=12))
 def test_sequences_with_bitmaps_end_the_same(lines: list[str]) -> None:
     _play(lines)
 
 
-@pytest.mark.timeout(0)
 @settings(max_examples=6 * LONG, deadline=None)
 @given(st.lists(st.one_of(common, levels), min_size=3, max_size=12))
 def test_sequences_with_versions_end_the_same(lines: list[str]) -> None:

@@ -29,7 +29,7 @@ from typing import Any, Final, Protocol
 from qcowlib.errors import StorageError, printable
 from qcowlib.storage.file import FileStorage
 from storage_pool.errors import MetadataError
-from storage_pool.lease_records import Leader, SafeleaseTag, parse_leader
+from storage_pool.lease_records import Leader, SafeleaseTag, parse_leader, released
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
 from .errors import LeaseError, LeaseHeld, LeaseLost
@@ -47,6 +47,8 @@ _FREE: Final = 2
 #: Answers of the daemon about a host that it has not seen.
 _NO_HOST: Final = {-errno.ENOENT: _FREE, -errno.EAGAIN: _UNKNOWN}
 _SECTORS: Final = (512, 4096)
+#: Host ids that a resource has blocks for at most.
+_MAX_HOSTS: Final = 2000
 RUN_DIR_VARIABLE: Final = "SANLOCK_RUN_DIR"
 
 _DECLARATIONS: Final = """
@@ -545,6 +547,10 @@ class SanlockLeases:
     def _stored(self, lease: Lease) -> LeaseOwner | None:
         leader = self._leader(lease)
         if not leader.owner_id or not leader.timestamp:
+            return None
+        if leader.sector_size not in _SECTORS or leader.owner_id > _MAX_HOSTS:
+            raise LeaseError(f"the record of the lease {lease.name} is damaged", path=lease.area.path)
+        if released(leader, _read(lease.area, (1 + leader.owner_id) * leader.sector_size)):
             return None
         return LeaseOwner(leader.owner_id, leader.owner_generation, leader.version)
 

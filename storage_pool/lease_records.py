@@ -18,6 +18,10 @@ offset    bytes   leader record (little endian, at sector 0 of an area)
 174       2       I/O timeout in seconds (lockspaces)
 ========  ======  =====================================================
 
+A host's block, at sector ``1 + host id`` of a resource, ends its bid: at byte
+16 owner id, generation, timestamp and lease version (8 each), at 52 flags (4),
+of which bit 0 says that this owner gave the lease back.
+
 Invariant: records made here are what the daemon's own initialisation writes,
 so a host with sanlock can use them; an area is written in full, so that a
 renewal never has to allocate.
@@ -45,6 +49,7 @@ __all__ = [
     "lockspace_area",
     "parse_leader",
     "read_leader",
+    "released",
     "resource_area",
     "write_area",
 ]
@@ -56,6 +61,8 @@ _LOCKSPACE_VERSION: Final = 0x00030004
 _RESOURCE_VERSION: Final = 0x00060004
 _REQUEST_VERSION: Final = 0x00010001
 _LEADER: Final = struct.Struct("<IIIIQQQQQ48s48sQ")
+_BID: Final = struct.Struct("<16xQQQQ4xI")
+_RELEASED: Final = 1
 
 _CHECKED: Final = 168
 _ALIGN_FLAGS: Final = {MiB: 0x10, 2 * MiB: 0x20, 4 * MiB: 0x40, 8 * MiB: 0x80}
@@ -181,6 +188,18 @@ def read_leader(storage: Storage, offset: int) -> Leader | None:
     data = bytearray(512)
     storage.read_into(offset, [data])
     return parse_leader(bytes(data))
+
+
+def released(leader: Leader, block: bytes) -> bool:
+    """Whether *block*, that of the owner of *leader*, says that this very lease was given back.
+
+    The daemon clears only leaders that it wrote itself.  Where two hosts bid
+    at once the loser may have written the winner's, which then stays.
+    """
+    owner, generation, timestamp, version, flags = _BID.unpack_from(block)
+    bid = (owner, generation, timestamp, version)
+    given = (leader.owner_id, leader.owner_generation, leader.timestamp, leader.version)
+    return bool(flags & _RELEASED) and bid == given
 
 
 def write_area(storage: Storage, offset: int, data: bytes) -> None:

@@ -146,6 +146,25 @@ def test_release_of_what_is_not_held_is_fine(setup):
     setup.leases.release(setup.sdm)
 
 
+@pytest.mark.real("sanlock")
+@pytest.mark.parametrize("layout", [{}, {"block_size": 4096}], ids=["512", "4096"])
+def test_s6_lease_whose_leader_another_host_wrote_is_free_once_given_back(tmp_path, run_dirs, layout):
+    """The daemon of the owner leaves such a leader as it is and marks its own block."""
+    with make_sanlock(tmp_path, run_dirs, library_client(tmp_path), **layout) as (leases, sdm, _, area, _):
+        leases.join(sdm.lockspace, HOST_ID, area)
+        leases.acquire(sdm)
+        with open(sdm.area.path, "r+b") as file:
+            file.seek(sdm.area.offset)
+            leader = file.read(512)
+            assert leases.owner(sdm).host_id == HOST_ID
+            leases.release(sdm)
+            file.seek(sdm.area.offset)
+            file.write(leader)
+        assert leases.owner(sdm) is None and leases.settle_s(sdm) == 0.0
+        leases.acquire(sdm)
+        assert leases.owner(sdm).host_id == HOST_ID
+
+
 def test_volume_lease_is_apart_from_the_pool_lease(setup):
     setup.leases.acquire(setup.sdm)
     setup.leases.acquire(setup.volume)

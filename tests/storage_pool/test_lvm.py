@@ -40,10 +40,10 @@ def group(lvm, devices):
 @pytest.mark.real("lvm", "losetup")
 def test_bd01_one_pv_keeps_the_metadata_and_the_others_ignore_it(lvm, devices, group):
     state = lvm.group(group)
-    assert [(pv.name, pv.mda_count, pv.mda_used_count) for pv in state.pvs.values()] == [
+    assert {(pv.name, pv.mda_count, pv.mda_used_count) for pv in state.pvs.values()} == {
         (devices[0], 2, 2),
         (devices[1], 2, 0),
-    ]
+    }
     assert state.metadata_pv.name == devices[0]
     assert state.vg.tags == {"RHAT_storage_domain_UNREADY"}
     assert (state.vg.extent_size, state.pvs[devices[0]].pe_start) == (128 * MIB, 129 * MIB)

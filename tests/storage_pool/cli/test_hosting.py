@@ -37,7 +37,7 @@ def verbs():
 
     return {
         (subject, verb): inner
-        for subject, parser in below(main._parser(main.MODULES)).items()
+        for subject, parser in below(main.make_parser(main.MODULES)).items()
         for verb, inner in below(parser).items()
     }
 
@@ -49,7 +49,7 @@ def test_every_verb_is_there_with_json_and_an_example_that_is_a_right_command_li
     for (subject, verb), parser in found.items():
         head, _, line = parser.epilog.partition("\n  qpool ")
         assert head == "example:" and line.startswith(f"{subject} {verb} ")
-        arguments = main._parser(main.MODULES).parse_args([*shlex.split(line), "--output=json"])
+        arguments = main.make_parser(main.MODULES).parse_args([*shlex.split(line), "--output=json"])
         assert (arguments.subject, arguments.verb, arguments.output) == (subject, verb, "json")
 
 

@@ -32,6 +32,17 @@ from qcowlib._deflate import Deflater
 from qcowlib._extent import MapText, RunList
 from qcowlib._io import LayerFds
 from qcowlib._refcount import Refcounts
+from qcowlib._references import (
+    EVENT_BITMAP,
+    EVENT_COPIED,
+    EVENT_PAST_END,
+    EVENT_PREALLOCATED_UNALIGNED,
+    EVENT_RESERVED,
+    EVENT_TABLE,
+    EVENT_TABLE_UNALIGNED,
+    ReferenceCounts,
+    TableSet,
+)
 from qcowlib._relocate import (
     BLOCK_CLUSTER,
     DATA_CLUSTER,
@@ -48,15 +59,6 @@ from qcowlib._relocate import (
 )
 from qcowlib._runs import data_clusters
 from qcowlib._scan import (
-    EVENT_BITMAP,
-    EVENT_COPIED,
-    EVENT_PAST_END,
-    EVENT_PREALLOCATED_UNALIGNED,
-    EVENT_RESERVED,
-    EVENT_TABLE,
-    EVENT_TABLE_UNALIGNED,
-    ReferenceCounts,
-    TableSet,
     bitmap_count,
     bitmap_merge,
     bitmap_runs,

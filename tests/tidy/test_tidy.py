@@ -27,7 +27,7 @@ CIMPORT_ORDER = (
     {"_ondisk"},
     {"_extent"},
     {"_io", "_codec", "_deflate", "_crypt"},
-    {"_build", "_refcount", "_relocate", "_runs", "_scan", "_survey"},
+    {"_build", "_refcount", "_references", "_relocate", "_runs", "_scan", "_survey"},
     {"_cluster"},
     {"_chain"},
 )

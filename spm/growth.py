@@ -15,7 +15,7 @@ device, and nothing of it was written.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import qcowlib
@@ -23,15 +23,14 @@ from qcowlib.errors import Error, StorageError
 from qcowlib.runtime import new_condition
 from qcowlib.storage.file import FileStorage
 from qcowlib.storage.linear import LinearStorage, Segment
+from qcowlib.storage.wrapper import StorageWrapper
 from qcowlib.units import round_up
 from storage_pool.block_domain import BlockDomain
 from storage_pool.errors import Illegal
 from storage_pool.thin import ThinPolicy, thin_max_size
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
-
-    from qcowlib.storage.base import Alignment, StorageExtent
+    from _typeshed import ReadableBuffer
 
 __all__ = ["GrowingStorage", "Growth", "open_growing"]
 
@@ -47,7 +46,7 @@ class Growth(NamedTuple):
     longest_pause_s: float
 
 
-class GrowingStorage:
+class GrowingStorage(StorageWrapper):
     """A :class:`~qcowlib.storage.base.Storage` over *inner*, the extents of a thin volume of *capacity* guest bytes.
 
     *ask* begins to have the volume made at least so large, and does not wait;
@@ -67,6 +66,7 @@ class GrowingStorage:
         *,
         limit_s: float = 120.0,
     ) -> None:
+        super().__init__(inner)
         self._inner = inner
         self._capacity = capacity
         self._policy = policy
@@ -133,33 +133,9 @@ class GrowingStorage:
     # -- a storage ---------------------------------------------------------------
 
     @property
-    def name(self) -> str:
-        """See :class:`~qcowlib.storage.base.Storage`."""
-        return self._inner.name
-
-    @property
-    def size(self) -> int:
-        """See :class:`~qcowlib.storage.base.Storage`; grows."""
-        return self._inner.size
-
-    @property
-    def writable(self) -> bool:
-        """See :class:`~qcowlib.storage.base.Storage`."""
-        return self._inner.writable
-
-    @property
-    def align(self) -> Alignment:
-        """See :class:`~qcowlib.storage.base.Storage`."""
-        return self._inner.align
-
-    @property
     def is_block(self) -> bool:
         """Its old bytes are not zeros, and it is never cut."""
         return True
-
-    def read_into(self, offset: int, buffers: Sequence[WriteableBuffer]) -> None:
-        """See :class:`~qcowlib.storage.base.Storage`."""
-        self._inner.read_into(offset, buffers)
 
     def write(self, offset: int, buffers: Sequence[ReadableBuffer]) -> None:
         """See :class:`~qcowlib.storage.base.Storage`; may wait."""
@@ -171,32 +147,12 @@ class GrowingStorage:
         self._reach(offset, length)
         self._inner.zero(offset, length, allocate=allocate)
 
-    def discard(self, offset: int, length: int) -> None:
-        """See :class:`~qcowlib.storage.base.Storage`."""
-        self._inner.discard(offset, length)
-
-    def flush(self) -> None:
-        """See :class:`~qcowlib.storage.base.Storage`."""
-        self._inner.flush()
-
-    def extents(self, offset: int, length: int) -> Iterator[StorageExtent]:
-        """See :class:`~qcowlib.storage.base.Storage`."""
-        return self._inner.extents(offset, length)
-
     def resize(self, size: int) -> None:
         """To more, it grows; never to less.  Raises: StorageError."""
         if size > self._inner.size:
             self._reach(size, 0)
         else:
             self._inner.resize(size)
-
-    def fd_map(self) -> None:
-        """No: whoever writes by a descriptor of its own would not be seen here."""
-        return
-
-    def close(self) -> None:
-        """See :class:`~qcowlib.storage.base.Storage`."""
-        self._inner.close()
 
 
 def open_growing(

@@ -10,13 +10,15 @@ after it writes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+
+from qcowlib.storage.wrapper import StorageWrapper
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-    from qcowlib.storage.base import Alignment, FdSegment, Storage, StorageExtent
+    from qcowlib.storage.base import Storage
 
 __all__ = ["HeldMagic"]
 
@@ -24,31 +26,15 @@ _LENGTH = 4
 _SECTOR = 512
 
 
-class HeldMagic:
+class HeldMagic(StorageWrapper):
     """See :class:`~qcowlib.storage.base.Storage`; the storage below stays the caller's to close."""
 
     def __init__(self, storage: Storage) -> None:
-        self._below = storage
+        super().__init__(storage)
         self._magic = bytes(_LENGTH)
 
-    @property
-    def name(self) -> str:
-        return self._below.name
-
-    @property
-    def size(self) -> int:
-        return self._below.size
-
-    @property
-    def writable(self) -> bool:
-        return self._below.writable
-
-    @property
-    def align(self) -> Alignment:
-        return self._below.align
-
     def read_into(self, offset: int, buffers: Sequence[WriteableBuffer]) -> None:
-        self._below.read_into(offset, buffers)
+        self._storage.read_into(offset, buffers)
         if offset >= _LENGTH:
             return
         at = offset
@@ -61,44 +47,28 @@ class HeldMagic:
 
     def write(self, offset: int, buffers: Sequence[ReadableBuffer]) -> None:
         if offset >= _LENGTH:
-            self._below.write(offset, buffers)
+            self._storage.write(offset, buffers)
             return
         data = bytearray().join(memoryview(buffer).cast("B") for buffer in buffers)
         count = min(len(data), _LENGTH - offset)
         self._magic = (self._magic[:offset] + bytes(data[:count]) + self._magic[offset + count :])[:_LENGTH]
         data[:count] = bytes(count)
-        self._below.write(offset, [data])
+        self._storage.write(offset, [data])
 
     def zero(self, offset: int, length: int, *, allocate: bool = False) -> None:
         if offset < _LENGTH and length:
             end = min(offset + length, _LENGTH)
             self._magic = self._magic[:offset] + bytes(end - offset) + self._magic[end:]
-        self._below.zero(offset, length, allocate=allocate)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._below.discard(offset, length)
-
-    def flush(self) -> None:
-        self._below.flush()
-
-    def extents(self, offset: int, length: int) -> Iterator[StorageExtent]:
-        return self._below.extents(offset, length)
-
-    def resize(self, size: int) -> None:
-        self._below.resize(size)
+        self._storage.zero(offset, length, allocate=allocate)
 
     def close(self) -> None:
         """Leave the storage below open: whoever made it finishes and closes it."""
 
-    def fd_map(self) -> Sequence[FdSegment] | None:
-        """No way around this object: the first sector below is not what it shows."""
-        return None
-
     def release(self) -> None:
         """Make everything durable, then the image one.  Invariant: I11."""
-        self._below.flush()
+        self._storage.flush()
         sector = bytearray(_SECTOR)
-        self._below.read_into(0, [sector])
+        self._storage.read_into(0, [sector])
         sector[:_LENGTH] = self._magic
-        self._below.write(0, [sector])
-        self._below.flush()
+        self._storage.write(0, [sector])
+        self._storage.flush()

@@ -11,7 +11,8 @@ the runtime's business (:mod:`qcowlib.runtime`).
 Implementations: :mod:`.file` (regular files and block devices),
 :mod:`.linear` (concatenated segments, as of a logical volume),
 :mod:`.memory`, :mod:`.view` (a window) and :mod:`.reader` (any readable
-object).  Each passes :class:`qcowlib.testing.conformance.StorageContract`.
+object); one that stands before another derives from :mod:`.wrapper`.  Each
+passes :class:`qcowlib.testing.conformance.StorageContract`.
 """
 
 from __future__ import annotations

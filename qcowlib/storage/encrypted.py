@@ -14,10 +14,11 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qcowlib.errors import OutOfRange, ReadOnly, StorageError
+from qcowlib.errors import OutOfRange, StorageError
 from qcowlib.luks import HEADER_BYTES, LuksHeader
 from qcowlib.runtime import new_condition
-from qcowlib.storage.base import Alignment, FdSegment, Storage, StorageExtent
+from qcowlib.storage.base import Alignment, Storage, StorageExtent
+from qcowlib.storage.wrapper import StorageWrapper
 from qcowlib.units import SECTOR, round_down, round_up
 
 if TYPE_CHECKING:
@@ -82,23 +83,19 @@ def create_luks(storage: Storage, size: int, passphrase: Secret | str | bytes, *
     storage.flush()
 
 
-class EncryptedStorage:
+class EncryptedStorage(StorageWrapper):
     """*storage* from byte *start* on, through *cipher*, sectors counted from *start*; closes *storage*."""
 
-    __slots__ = ("_cipher", "_length", "_lock", "_start", "_storage")
+    __slots__ = ("_cipher", "_length", "_lock", "_start")
 
     plain = False
 
     def __init__(self, storage: Storage, start: int, cipher: Cipher) -> None:
-        self._storage = storage
+        super().__init__(storage)
         self._start = start
         self._length = round_down(max(0, storage.size - start), SECTOR)
         self._cipher = cipher
         self._lock = new_condition()
-
-    @property
-    def name(self) -> str:
-        return self._storage.name
 
     @property
     def identity(self) -> tuple[int, int] | None:
@@ -108,10 +105,6 @@ class EncryptedStorage:
     @property
     def size(self) -> int:
         return self._length
-
-    @property
-    def writable(self) -> bool:
-        return self._storage.writable
 
     @property
     def align(self) -> Alignment:
@@ -154,9 +147,6 @@ class EncryptedStorage:
         # Nothing: where free sectors are is nobody's business.
         self._check("discard", offset, 0)
 
-    def flush(self) -> None:
-        self._storage.flush()
-
     def extents(self, offset: int, length: int) -> Iterator[StorageExtent]:
         if offset < 0 or length < 0:
             raise OutOfRange(f"range {offset}+{length} is not valid", path=self.name)
@@ -177,17 +167,10 @@ class EncryptedStorage:
                 self._storage.resize(self._start + size)
                 self._length = size
 
-    def close(self) -> None:
-        self._storage.close()
-
     def change_keys(self, change: KeyChange) -> None:
         """Change the key slots of the LUKS file below, as :func:`change_keys`."""
         with self._lock:
             change_keys(self._storage, change)
-
-    def fd_map(self) -> Sequence[FdSegment] | None:
-        """``None``: the bytes in the file are not those of this storage."""
-        return None
 
     def _sectors(self, offset: int, length: int) -> bytearray:
         """Return the decrypted sectors from *offset* (a sector's start) that hold *length* bytes."""
@@ -207,11 +190,3 @@ class EncryptedStorage:
             whole = bytearray(len(piece))
             self._cipher.encrypt_into(piece, whole, start // SECTOR)
         self._storage.write(self._start + start, [whole])
-
-    def _check(self, operation: str, offset: int, length: int) -> None:
-        if not self.writable:
-            raise ReadOnly("opened for reading", path=self.name)
-        if offset < 0 or length < 0:
-            raise OutOfRange(f"range {offset}+{length} is not valid", path=self.name)
-        if offset + length > self._length:
-            raise StorageError(errno.ENOSPC, path=self.name, operation=operation, offset=offset)

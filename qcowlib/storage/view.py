@@ -12,8 +12,9 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qcowlib.errors import OutOfRange, ReadOnly, StorageError
-from qcowlib.storage.base import Alignment, FdSegment, Storage, StorageExtent
+from qcowlib.errors import OutOfRange, StorageError
+from qcowlib.storage.base import FdSegment, Storage, StorageExtent
+from qcowlib.storage.wrapper import StorageWrapper
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -46,7 +47,7 @@ def clip_segments(segments: Sequence[FdSegment], offset: int, length: int, start
     return parts
 
 
-class StorageView:
+class StorageView(StorageWrapper):
     """The *length* bytes of *storage* from *offset* on.
 
     With *owned*, closing the view closes *storage*.  *writable* may only take
@@ -55,22 +56,18 @@ class StorageView:
     Raises: OutOfRange unless the window lies inside *storage*.
     """
 
-    __slots__ = ("_length", "_offset", "_owned", "_storage", "_writable")
+    __slots__ = ("_length", "_offset", "_owned", "_writable")
 
     def __init__(
         self, storage: Storage, offset: int, length: int, *, writable: bool = True, owned: bool = False
     ) -> None:
         if offset < 0 or length < 0 or offset + length > storage.size:
             raise OutOfRange(f"window {offset}+{length} is outside the storage", path=storage.name)
-        self._storage = storage
+        super().__init__(storage)
         self._offset = offset
         self._length = length
         self._writable = writable and storage.writable
         self._owned = owned
-
-    @property
-    def name(self) -> str:
-        return self._storage.name
 
     @property
     def size(self) -> int:
@@ -79,10 +76,6 @@ class StorageView:
     @property
     def writable(self) -> bool:
         return self._writable
-
-    @property
-    def align(self) -> Alignment:
-        return self._storage.align
 
     def read_into(self, offset: int, buffers: Sequence[WriteableBuffer]) -> None:
         views = [memoryview(buffer).cast("B") for buffer in buffers]
@@ -109,9 +102,6 @@ class StorageView:
         if length > 0:
             self._storage.discard(self._offset + offset, length)
 
-    def flush(self) -> None:
-        self._storage.flush()
-
     def extents(self, offset: int, length: int) -> Iterator[StorageExtent]:
         if offset < 0 or length < 0:
             raise OutOfRange(f"range {offset}+{length} is not valid", path=self.name)
@@ -136,11 +126,3 @@ class StorageView:
     def fd_map(self) -> Sequence[FdSegment] | None:
         segments = self._storage.fd_map()
         return None if segments is None else clip_segments(segments, self._offset, self._length, 0)
-
-    def _check(self, operation: str, offset: int, length: int) -> None:
-        if not self._writable:
-            raise ReadOnly("opened for reading", path=self.name)
-        if offset < 0 or length < 0:
-            raise OutOfRange(f"range {offset}+{length} is not valid", path=self.name)
-        if offset + length > self._length:
-            raise StorageError(errno.ENOSPC, path=self.name, operation=operation, offset=offset)

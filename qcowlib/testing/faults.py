@@ -19,10 +19,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qcowlib.errors import StorageError
-from qcowlib.storage.base import Alignment, FdSegment, Storage, StorageExtent
+from qcowlib.storage.wrapper import StorageWrapper
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from qcowlib.storage.base import Storage
 
 __all__ = ["Fault", "FaultPlan", "FaultStorage", "every_fault"]
 
@@ -88,28 +90,12 @@ def every_fault(
                 yield FaultPlan([Fault(nth=nth, code=code, way=way)])
 
 
-class FaultStorage:
+class FaultStorage(StorageWrapper):
     """Passes everything to another storage, except where the plan says otherwise."""
 
     def __init__(self, storage: Storage, plan: FaultPlan) -> None:
-        self._storage = storage
+        super().__init__(storage)
         self.plan = plan
-
-    @property
-    def name(self) -> str:
-        return self._storage.name
-
-    @property
-    def size(self) -> int:
-        return self._storage.size
-
-    @property
-    def writable(self) -> bool:
-        return self._storage.writable
-
-    @property
-    def align(self) -> Alignment:
-        return self._storage.align
 
     def read_into(self, offset: int, buffers: Sequence[WriteableBuffer]) -> None:
         fault = self.plan.next("read", offset, sum(memoryview(buffer).nbytes for buffer in buffers))
@@ -158,15 +144,6 @@ class FaultStorage:
             self._storage.resize(size)
         if fault is not None:
             self._finish(fault, "resize", size)
-
-    def extents(self, offset: int, length: int) -> Iterator[StorageExtent]:
-        return self._storage.extents(offset, length)
-
-    def close(self) -> None:
-        self._storage.close()
-
-    def fd_map(self) -> Sequence[FdSegment] | None:
-        return None
 
     def _error(self, fault: Fault, operation: str, offset: int) -> StorageError:
         return StorageError(fault.code, path=self.name, operation=operation, offset=offset)

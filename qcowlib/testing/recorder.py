@@ -14,13 +14,15 @@ Storage calls are expected one at a time, as they come from one thread or from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qcowlib.storage.base import Alignment, FdSegment, Storage, StorageExtent
+from qcowlib.storage.wrapper import StorageWrapper
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+    from _typeshed import ReadableBuffer
+
+    from qcowlib.storage.base import Storage
 
 __all__ = ["Op", "OpKind", "OpLog", "RecordingStorage"]
 
@@ -71,32 +73,13 @@ class OpLog:
         return len(self.ops) - 1
 
 
-class RecordingStorage:
+class RecordingStorage(StorageWrapper):
     """Passes everything to another storage and logs what changed it."""
 
     def __init__(self, storage: Storage, log: OpLog, number: int) -> None:
-        self._storage = storage
+        super().__init__(storage)
         self._log = log
         self._number = number
-
-    @property
-    def name(self) -> str:
-        return self._storage.name
-
-    @property
-    def size(self) -> int:
-        return self._storage.size
-
-    @property
-    def writable(self) -> bool:
-        return self._storage.writable
-
-    @property
-    def align(self) -> Alignment:
-        return self._storage.align
-
-    def read_into(self, offset: int, buffers: Sequence[WriteableBuffer]) -> None:
-        self._storage.read_into(offset, buffers)
 
     def write(self, offset: int, buffers: Sequence[ReadableBuffer]) -> None:
         self._storage.write(offset, buffers)
@@ -121,15 +104,6 @@ class RecordingStorage:
     def resize(self, size: int) -> None:
         self._storage.resize(size)
         self._add(Op("resize", self._number, 0, size))
-
-    def extents(self, offset: int, length: int) -> Iterator[StorageExtent]:
-        return self._storage.extents(offset, length)
-
-    def close(self) -> None:
-        self._storage.close()
-
-    def fd_map(self) -> Sequence[FdSegment] | None:
-        return None
 
     def _add(self, op: Op) -> None:
         self._log.ops.append(op)

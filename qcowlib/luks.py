@@ -348,26 +348,30 @@ class LuksHeader(NamedTuple):
         """Return the writes (offset in the header, bytes) that let *new* unlock as well.
 
         Each must be durable before the next.  *keyslot*: which one to use,
-        it must be free, unless with *force*; else the first free one.
+        it must be free, unless with *force*; else the first free one.  Where
+        no slot is free and *old* unlocks that one alone, its salt and number
+        of iterations stay, whatever *iter_time* is.
         """
         free = next((index for index, slot in enumerate(self.slots) if not slot.active), None)
-        if keyslot is not None:
-            self._check_slot(keyslot)
-            if self.slots[keyslot].active and not force:
-                raise UsageError(f"Refusing to overwrite active keyslot {keyslot} - please erase it first")
-        elif free is None:
+        chosen = free if keyslot is None else keyslot
+        if chosen is None:
             raise UsageError("Can't add a keyslot - all keyslots are in use")
-        _, key = self.unlock(area, old)
+        self._check_slot(chosen)
+        if self.slots[chosen].active and not force:
+            raise UsageError(f"Refusing to overwrite active keyslot {chosen} - please erase it first")
+        used, key = self.unlock(area, old)
         time = _DEFAULT_TIME if iter_time is None else iter_time
         phrase = passphrase_of(new)
-        if keyslot is None or not self.slots[keyslot].active or free is None:
-            return self._fill_slot(free if keyslot is None else keyslot, key, phrase, time, clock)  # type: ignore[arg-type]
-        # While the slot is being overwritten, the new key has another one: at any moment one works.
-        return [
-            *self._fill_slot(free, key, phrase, time, clock),
-            *self._fill_slot(keyslot, key, phrase, time, clock),
-            *self._clear_slot(free),
-        ]
+        filled = self._fill_slot(chosen, key, phrase, time, clock)
+        if not self.slots[chosen].active:
+            return filled
+        if free is not None:
+            # While the slot is being overwritten, the new key has another one: at any moment one works.
+            return [*self._fill_slot(free, key, phrase, time, clock), *filled, *self._clear_slot(free)]
+        others = [index for index in range(_SLOTS) if index != chosen]
+        if used != chosen or self._slots_of(area, old, others):
+            return filled
+        return self._switch_slot(area, chosen, key, phrase)
 
     def erase_keys(
         self,
@@ -436,6 +440,27 @@ class LuksHeader(NamedTuple):
         Cipher(self.spec, slot_key, host_sectors=True).encrypt(material, 0)
         entry = self._replace(slots=(*self.slots[:index], slot, *self.slots[index + 1 :])).pack_slot(index)
         return [(slot.offset, bytes(material)), (_FIXED.size + index * _SLOT.size, entry)]
+
+    def _switch_slot(self, area: ReadableBuffer, index: int, key: bytes, phrase: bytes) -> list[tuple[int, bytes]]:
+        """Hand the slot from its passphrase to another one by one write of one sector, which is whole or absent.
+
+        Any bytes are key material: what lies there, decrypted by the new
+        passphrase, gives the key with the right last stripe.  The old one
+        needs the sector that is gone, 512 bytes of which nothing else tells.
+        """
+        slot = self.slots[index]
+        material = bytearray(memoryview(area).cast("B")[slot.offset : slot.offset + self.key_bytes * _STRIPES])
+        slot_key = _derive(self.hash, phrase, slot.salt, slot.iterations, self.key_bytes)
+        cipher = Cipher(self.spec, slot_key, host_sectors=True)
+        cipher.decrypt(material, 0)
+        last = len(material) - SECTOR
+        material[last:] = os.urandom(SECTOR)
+        material[-self.key_bytes :] = bytes(self.key_bytes)
+        # With zeros as the last stripe, what comes out is what the key has to be mixed with.
+        material[-self.key_bytes :] = _mix(_merge(self.hash, material, self.key_bytes), key)
+        sector = material[last:]
+        cipher.encrypt(sector, last // SECTOR)
+        return [(slot.offset + last, bytes(sector))]
 
 
 def luks_header_length(cipher_alg: str = "aes-256", cipher_mode: str = "xts") -> int:

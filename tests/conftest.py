@@ -32,6 +32,7 @@ PROGRAMS = (
     "mke2fs",
     "losetup",
     "chromium",
+    "strace",
 )
 
 # Of programs that live where an ordinary user's PATH does not reach.

@@ -41,6 +41,7 @@ from .xlease import ExternalLease, XleaseVolume
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
 
+    from .lease_records import Leader
     from .token import SpmToken
 
 __all__ = ["BlockDomain"]
@@ -206,7 +207,8 @@ class BlockDomain:
             guid = first.device.rpartition("/")[2]
             # The device may have another name on this host; its LVM UUID stays.
             known = next((entry.guid for entry in mapping if pv is not None and entry.uuid == pv.uuid), guid)
-            return v1_slot(mapping, known, first.first_extent)
+            slot = v1_slot(mapping, known, first.first_extent)
+            return slot if slot is not None and slot <= layout.MAX_SLOT else None
         return layout.slot_of(lv.tags)
 
     def entries(self) -> dict[str, VolumeEntry]:
@@ -241,6 +243,12 @@ class BlockDomain:
             )
         return found
 
+    def strays(self) -> dict[str, layout.LooseTags]:
+        """Return logical volumes that have a volume's name but not its three tags, with what their tags do say."""
+        entries = self.entries()
+        strays = [lv for lv in self.state.lvs.values() if is_id(lv.name) and lv.name not in entries]
+        return {lv.name: layout.loose_volume_tags(lv.tags)._replace(slot=self._slot(lv)) for lv in strays}
+
     def occupied_slots(self) -> list[int]:
         """Return the slots that volumes have, removed ones too."""
         slots = (self._slot(lv) for lv in self.state.lvs.values() if is_id(lv.name))
@@ -265,28 +273,27 @@ class BlockDomain:
     # Records
 
     def read_record(self, volume: str) -> bytes:
-        offset = layout.slot_offset(self.slot_of(volume), self.metadata.version)
+        slot = self.slot_of(volume)
+        offset = layout.slot_offset(slot, self.metadata.version)
         data = bytearray(RECORD_SIZE)
         with self.special("metadata") as storage:
+            if offset + RECORD_SIZE > storage.size:
+                raise MetadataError(f"slot {slot} lies behind the end of the volume metadata", path=self._name)
             storage.read_into(offset, [data])
         return bytes(data)
 
     def read_records(self) -> dict[str, bytes]:
-        """Return the records of all volumes that have a slot; one pass over the slots."""
-        slots = {volume: entry.slot for volume, entry in self.entries().items() if entry.slot is not None}
-        if not slots:
-            return {}
-        version = self.metadata.version
-        start = layout.slot_offset(min(slots.values()), version)
-        end = layout.slot_offset(max(slots.values()), version) + RECORD_SIZE
-        with self.special("metadata") as storage:
-            # Slots end at 17 MiB; a tag beyond the volume reads as zeros.
-            data = bytearray(min(end, layout.METADATA_ZEROED) - start)
-            storage.read_into(start, [data])
+        """Return the records of all volumes whose slot is in the volume ``metadata``; few reads for any number."""
+        slots = [(entry.slot, volume) for volume, entry in self.entries().items() if entry.slot is not None]
+        slots += [(told.slot, volume) for volume, told in self.strays().items() if told.slot is not None]
         found = {}
-        for volume, slot in slots.items():
-            offset = layout.slot_offset(slot, version) - start
-            found[volume] = bytes(data[offset : offset + RECORD_SIZE])
+        with self.special("metadata") as storage:
+            for start, size, members in layout.slot_runs(slots, self.metadata.version):
+                data = bytearray(max(0, min(size, storage.size - start)))
+                storage.read_into(start, [data])
+                for offset, volume in members:
+                    if offset + RECORD_SIZE <= len(data):
+                        found[volume] = bytes(data[offset : offset + RECORD_SIZE])
         return found
 
     def record(self, volume: str) -> VolumeMetadata:
@@ -359,13 +366,13 @@ class BlockDomain:
             token.check()
             write_area(storage, layout.lease_offset(self.slot_of(volume), view.alignment), area)
 
-    def lease_name(self, volume: str) -> str | None:
-        view = self.metadata
-        if not layout.has_volume_leases(view.version, view.type):
-            return None
+    def lease_leader(self, volume: str) -> Leader | None:
+        slot, alignment = self.slot_of(volume), self.metadata.alignment
+        offset = layout.lease_offset(slot, alignment)
         with self.special("leases") as storage:
-            leader = read_leader(storage, layout.lease_offset(self.slot_of(volume), view.alignment))
-        return leader.resource_name if leader is not None else ""
+            if offset + alignment > storage.size:
+                raise MetadataError(f"metadata slot {slot} has no lease", path=self._name)
+            return read_leader(storage, offset)
 
     def make_lock(self, token: SpmToken, version: int) -> None:
         view = self.metadata
@@ -529,10 +536,10 @@ class BlockDomain:
                 found.append(Leftover("volume to wipe", volume, "a removal that did not end before it was wiped"))
             elif entry.removed:
                 found.append(Leftover("removed volume", volume, "a removal that did not end"))
+        for name in sorted(self.strays()):
+            found.append(Leftover("unknown volume", name, "a logical volume without the tags of a volume; kept"))
         for name in sorted(self.state.lvs):
-            if is_id(name) and name not in entries:
-                found.append(Leftover("unknown volume", name, "a logical volume without the tags of a volume; kept"))
-            elif (twin := layout.twin_of(name)) is not None:
+            if (twin := layout.twin_of(name)) is not None:
                 # While a note tells of its merge it is that one's to end.
                 if not any(twin in note for note in self.notes().values()):
                     found.append(Leftover("unfinished merge", name, "a merged volume without a note of its merge"))

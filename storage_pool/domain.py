@@ -23,6 +23,7 @@ from .metadata_volume import VolumeMetadata
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
 
+    from .lease_records import Leader
     from .leases import Lease
     from .token import SpmToken
 
@@ -146,8 +147,11 @@ class Domain(Protocol):
     def make_lease(self, token: SpmToken, volume: str) -> None:
         """Write a volume's lease anew, free.  Nobody may hold it."""
 
-    def lease_name(self, volume: str) -> str | None:
-        """Return the name in a volume's lease, empty for none, ``None`` where the domain has no leases."""
+    def lease_leader(self, volume: str) -> Leader | None:
+        """Return the record in a volume's lease, ``None`` for none; only where the domain has leases.
+
+        Raises: NotFound, MetadataError for a slot that has no lease area.
+        """
 
     def make_lock(self, token: SpmToken, version: int) -> None:
         """Write the domain's lock as *version* has it, free."""

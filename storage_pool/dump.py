@@ -9,7 +9,7 @@ the dump.  ``problems`` is there only when there are some.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from qcowlib.errors import Error
@@ -54,8 +54,8 @@ def _common(domain: Domain) -> Document:
     }
 
 
-def _external(leases: Mapping[str, ExternalLease] | None) -> Document:
-    return {} if leases is None else {name: dict(lease._asdict()) for name, lease in sorted(leases.items())}
+def _external(leases: Mapping[str, ExternalLease] | None) -> Document | None:
+    return None if leases is None else {name: dict(lease._asdict()) for name, lease in sorted(leases.items())}
 
 
 def dump_file(domain: FileDomain) -> Document:
@@ -93,9 +93,8 @@ def dump_file(domain: FileDomain) -> Document:
     }
     document["leases"] = _volume_leases(domain, listing, problems)
     try:
-        external = domain.external_leases()
-        if external is not None:
-            document["external_leases"] = _external(external)
+        if (external := _external(domain.external_leases())) is not None:
+            document["external_leases"] = external
     except Error as error:
         problems["external_leases"] = [str(error)]
     if problems:
@@ -105,62 +104,101 @@ def dump_file(domain: FileDomain) -> Document:
 
 def _volume_leases(domain: FileDomain, listing: Mapping[str, list[str]], problems: Document) -> Document:
     found: Document = {}
+    if not layout.has_volume_leases(domain.metadata.version, domain.metadata.type):
+        return found
     for volume, images in sorted(listing.items()):
         if not is_id(images[0]):
             continue
         try:
-            resource = domain.lease_name(volume)
+            leader = domain.lease_leader(volume)
         except Error as error:
             problems.setdefault(volume, [f"lease: {error}"])
             continue
-        if resource is not None:
-            path = f"images/{images[0]}/{volume}{layout.LEASE_SUFFIX}"
-            found[volume] = {"offset": 0, "path": path, "resource": resource}
+        path = f"images/{images[0]}/{volume}{layout.LEASE_SUFFIX}"
+        found[volume] = {"offset": 0, "path": path, "resource": leader.resource_name if leader else ""}
     return found
 
 
 def dump_block(domain: BlockDomain) -> Document:
     """Return the document of a domain on a volume group."""
-    view, state = domain.metadata, domain.state
+    view = domain.metadata
     document = _common(domain)
-    entries = domain.entries()
     problems: Document = {}
-    records = domain.read_records()
-    volumes: Document = {}
-    for volume, entry in sorted(entries.items()):
-        size = state.lv(volume).size
-        sizes: Document = {"apparentsize": size, "truesize": size}
-        if entry.initializing:
-            volumes[volume] = {**sizes, "status": STATUS_INIT}
-            continue
-        found = _record(records.get(volume, b""), volume, problems)
-        found.setdefault("image", entry.images[0])
-        if entry.removed:
-            found["status"] = STATUS_REMOVED
-        volumes[volume] = {**found, **sizes, "mdslot": entry.slot}
-    document["volumes"] = volumes
-    live = {volume: entry for volume, entry in sorted(entries.items()) if not entry.removed and not entry.initializing}
-    document["all_volumes"] = {
-        volume: {"images": list(entry.images), "parent": entry.parent} for volume, entry in live.items()
+    try:
+        records = domain.read_records()
+    except Error as error:
+        records = {}
+        problems["metadata"] = [str(error)]
+    document["volumes"] = _block_volumes(domain, records, problems)
+    live = {
+        volume: entry
+        for volume, entry in sorted(domain.entries().items())
+        if not entry.removed and not entry.initializing
     }
+    document["all_volumes"] = _members(domain, live)
     document["all_images"] = sorted({image for entry in live.values() for image in entry.images})
     document["slots"] = _slots(domain)
     document["occupied_slots"] = occupied = domain.occupied_slots()
     document["next_free_slot"] = next(
         slot for slot in range(layout.first_slot(view.version), len(occupied) + 8) if slot not in occupied
     )
-    try:
-        document["pv_mapping"] = {f"PV{number}": entry.as_dict() for number, entry in view.pv_mapping.items()}
-        external = domain.external_leases()
-        if external is not None:
-            document["external_leases"] = _external(external)
-        document["leases"] = _block_leases(domain, live)
-    except Error as error:
-        problems["domain"] = [str(error)]
+    parts: dict[str, Callable[[], Document | None]] = {
+        "pv_mapping": lambda: {f"PV{number}": entry.as_dict() for number, entry in view.pv_mapping.items()},
+        "external_leases": lambda: _external(domain.external_leases()),
+        "leases": lambda: _block_leases(domain, live),
+    }
+    for name, part in parts.items():
+        try:
+            if (found := part()) is not None:
+                document[name] = found
+        except Error as error:
+            problems[name] = [str(error)]
     document.update(_group(domain))
     if problems:
         document["problems"] = problems
     return document
+
+
+def _block_volumes(domain: BlockDomain, records: Mapping[str, bytes], problems: Document) -> Document:
+    """Return the volumes as their records tell, and as tags do where a record is silent."""
+    volumes: Document = {}
+    strays = domain.strays()
+    for volume in sorted({*domain.entries(), *strays}):
+        entry = domain.entries().get(volume)
+        told = strays.get(volume) or layout.loose_volume_tags(domain.state.lv(volume).tags)
+        size = domain.state.lv(volume).size
+        fields: Document = {"apparentsize": size, "truesize": size}
+        if entry is not None and entry.initializing:
+            volumes[volume] = {**fields, "status": STATUS_INIT}
+            continue
+        slot = told.slot if entry is None else entry.slot
+        record: Document = {"status": STATUS_INVALID}
+        if slot is not None:
+            record = _record(records.get(volume, b""), volume, problems)
+            fields["mdslot"] = slot
+        if told.image is not None:
+            record.setdefault("image", told.image)
+        if told.parent is not None:
+            record.setdefault("parent", told.parent)
+        if told.removed:
+            record["status"] = STATUS_REMOVED
+        if entry is None:
+            record["status"] = STATUS_INVALID
+            problems[volume] = ["its tags are not those of a volume"]
+        volumes[volume] = {**record, **fields}
+    return volumes
+
+
+def _members(domain: BlockDomain, live: Mapping[str, VolumeEntry]) -> Document:
+    """Return images and parent of each volume; other hosts list one whose slot tag alone is bad."""
+    found: Document = {volume: {"images": list(entry.images), "parent": entry.parent} for volume, entry in live.items()}
+    for volume, told in domain.strays().items():
+        if told.image is not None and told.parent is not None and not told.removed:
+            found[volume] = {"images": [told.image], "parent": told.parent}
+            users = live[told.parent].images if told.parent in live else (told.image,)
+            if told.image not in users:
+                found[told.parent] = {"images": [*users, told.image], "parent": live[told.parent].parent}
+    return dict(sorted(found.items()))
 
 
 def _slots(domain: BlockDomain) -> Document:

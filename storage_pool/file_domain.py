@@ -37,6 +37,7 @@ from .xlease import ExternalLease, XleaseVolume
 if TYPE_CHECKING:
     from qcowlib.storage.file import FileStorage
 
+    from .lease_records import Leader
     from .token import SpmToken
 
 __all__ = ["FileDomain", "discover"]
@@ -501,13 +502,9 @@ class FileDomain:
             return None
         return Lease(view.uuid, volume, LeaseArea(self._root.full(self._where(volume) + _LEASE), 0))
 
-    def lease_name(self, volume: str) -> str | None:
-        view = self.metadata
-        if not layout.has_volume_leases(view.version, view.type):
-            return None
+    def lease_leader(self, volume: str) -> Leader | None:
         with self._root.open(self._where(volume) + _LEASE) as storage:
-            leader = read_leader(storage, 0)
-        return leader.resource_name if leader is not None else ""
+            return read_leader(storage, 0)
 
     # Removal
 

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from qcowlib.errors import Error, printable
 from qcowlib.qcow2.directories import read_header
 
+from . import layout
 from . import metadata_volume as mv
 from .domain import Domain, VolumeEntry
 from .errors import Illegal, MetadataError, NotFound
 from .ids import BLANK, check_id
+from .lease_records import leader_trouble
 from .metadata_volume import COW, RAW, SHARED, VolumeMetadata
 from .volume import children_of, set_role, volume_of_name
 
@@ -205,14 +207,18 @@ def _against_tags(group: ImageGroup, volume: str, record: VolumeMetadata) -> lis
 
 
 def _against_lease(group: ImageGroup, volume: str) -> list[Finding]:
-    """A lease under another name can never be taken; old merges left such."""
+    """A lease under another name or of another domain can never be taken; old merges and copied devices have such."""
+    view = group.domain.metadata
+    if not layout.has_volume_leases(view.version, view.type):
+        return []
     try:
-        name = group.domain.lease_name(volume)
+        leader = group.domain.lease_leader(volume)
+    except MetadataError as error:
+        return [Finding(volume, error.message)]
     except Error as error:
         return [Finding(volume, f"unreadable lease: {error.message}", "write lease")]
-    if name is None or name == volume:
-        return []
-    return [Finding(volume, f"its lease is named '{printable(name[:64])}'", "write lease")]
+    trouble = leader_trouble(leader, view.uuid, volume, block_size=view.block_size, alignment=view.alignment)
+    return [] if trouble is None else [Finding(volume, f"its lease {trouble}", "write lease")]
 
 
 def _against_image(group: ImageGroup, volume: str, record: VolumeMetadata) -> list[Finding]:

@@ -34,15 +34,18 @@ __all__ = [
     "TAG_DOMAIN",
     "TAG_INITIALIZING",
     "TAG_UNREADY",
+    "LooseTags",
     "VolumeTags",
     "check_note",
     "choose_slot",
     "lease_offset",
+    "loose_volume_tags",
     "mount_directory",
     "note_of",
     "parse_volume_tags",
     "removed_image",
     "slot_offset",
+    "slot_runs",
     "special_volumes",
     "twin_of",
     "volume_tags",
@@ -80,6 +83,10 @@ SLOT_SIZE_V5: Final = 8192
 SLOT_SIZE_OLD: Final = 512
 #: The first part of ``metadata`` that a new domain zeroes.
 METADATA_ZEROED: Final = 17 * MiB
+#: No slot is beyond; hosts of 2011 counted them in bytes.
+MAX_SLOT: Final = 10**6
+#: Records further apart than this are not read at once.
+RUN_LIMIT: Final = 4 * MiB
 LEASE_SLOTS: Final = 2048
 RESERVED_LEASES: Final = 100
 #: The last slot that has a lease: 2048 areas, the first 101 are not for volumes.
@@ -125,7 +132,7 @@ def first_slot(version: int) -> int:
 
 def slot_offset(slot: int, version: int) -> int:
     """Return where *slot* is in the volume ``metadata``.  Raises: InvalidName for an impossible one."""
-    if not 0 <= slot <= 10**6:
+    if not 0 <= slot <= MAX_SLOT:
         raise InvalidName(f"there is no metadata slot {slot}")
     if version >= 5:
         return SLOTS_BASE_V5 + slot * SLOT_SIZE_V5
@@ -196,6 +203,41 @@ def parse_volume_tags(tags: Iterable[str]) -> VolumeTags:
     if not is_id(bare) or not is_id(parent):
         raise MetadataError(f"the volume has bad tags: '{printable(image[:64])}', '{printable(parent[:64])}'")
     return VolumeTags(int(slot), parent, bare, removed, zeroing)
+
+
+class LooseTags(NamedTuple):
+    """What of a volume's tags there is; each may be missing, *image* and *parent* may be any text."""
+
+    slot: int | None
+    parent: str | None
+    image: str | None
+    removed: bool
+
+
+def loose_volume_tags(tags: Iterable[str]) -> LooseTags:
+    """Read what there is of the three tags; *image* comes without any mark of removal."""
+    ordered = sorted(tags)
+    parent = next((tag[len(TAG_PARENT) :] for tag in ordered if tag.startswith(TAG_PARENT)), None)
+    image = next((tag[len(TAG_IMAGE) :] for tag in ordered if tag.startswith(TAG_IMAGE)), None)
+    bare = None if image is None else image.removeprefix(TAG_ZERO).removeprefix(REMOVED_PREFIX)
+    return LooseTags(slot_of(ordered), parent, bare, bare != image)
+
+
+def slot_runs(slots: Iterable[tuple[int, str]], version: int) -> list[tuple[int, int, list[tuple[int, str]]]]:
+    """Return how to read the records of ``(slot, volume)`` in few pieces.
+
+    Each is where it begins, its bytes (at most ``RUN_LIMIT``), and its
+    volumes with the offset of their record in it.
+    """
+    runs: list[tuple[int, int, list[tuple[int, str]]]] = []
+    for slot, volume in sorted(slots):
+        offset = slot_offset(slot, version)
+        if not runs or offset + SLOT_SIZE_OLD - runs[-1][0] > RUN_LIMIT:
+            runs.append((offset, 0, []))
+        start, _, members = runs[-1]
+        members.append((offset - start, volume))
+        runs[-1] = (start, offset + SLOT_SIZE_OLD - start, members)
+    return runs
 
 
 def slot_of(tags: Iterable[str]) -> int | None:

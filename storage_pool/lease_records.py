@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qcowlib.units import MiB
 
-from .errors import InvalidName, MetadataError
+from .errors import InvalidName, MetadataError, printable
 
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
@@ -46,6 +46,7 @@ __all__ = [
     "Leader",
     "SafeleaseTag",
     "crc32c",
+    "leader_trouble",
     "lockspace_area",
     "parse_leader",
     "read_leader",
@@ -188,6 +189,25 @@ def read_leader(storage: Storage, offset: int) -> Leader | None:
     data = bytearray(512)
     storage.read_into(offset, [data])
     return parse_leader(bytes(data))
+
+
+def leader_trouble(
+    leader: Leader | None, space: str, resource: str = "", *, lockspace: bool = False, block_size: int, alignment: int
+) -> str | None:
+    """Say why nobody can use a record as that of lockspace *space* or its *resource*, ``None`` when it is good."""
+    if leader is None:
+        return "is not there"
+    if leader.lockspace != lockspace:
+        return "is a record of another kind"
+    if not leader.valid:
+        return "has a wrong checksum"
+    if leader.space_name != space:
+        return f"is of lockspace '{printable(leader.space_name)}'"
+    if not lockspace and leader.resource_name != resource:
+        return f"is named '{printable(leader.resource_name)}'"
+    if (leader.sector_size, leader.alignment) != (block_size, alignment):
+        return f"is for blocks of {leader.sector_size} bytes and areas of {leader.alignment}"
+    return None
 
 
 def released(leader: Leader, block: bytes) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from qcowlib.errors import Error, printable
+from qcowlib.errors import Error
 
 from . import layout
 from .block_domain import BlockDomain
@@ -22,6 +22,7 @@ from .lease_records import (
     SAFELEASE_SIZE,
     Leader,
     SafeleaseTag,
+    leader_trouble,
     lockspace_area,
     parse_leader,
     read_leader,
@@ -77,26 +78,14 @@ def _against_block(domain: AnyDomain, storage: Storage) -> list[Finding]:
     return []
 
 
-def _trouble(domain: AnyDomain, leader: Leader | None, *, lockspace: bool, name: str) -> str | None:
-    """Say why a leader record cannot be used."""
+def _trouble(domain: AnyDomain, leader: Leader | None, resource: str = "", *, lockspace: bool = False) -> str | None:
     view = domain.metadata
-    if leader is None:
-        return "is not there"
-    if leader.lockspace != lockspace:
-        return "is a record of another kind"
-    if not leader.valid:
-        return "has a wrong checksum"
-    if leader.space_name != domain.uuid:
-        return f"is of lockspace '{printable(leader.space_name)}'"
-    if not lockspace and leader.resource_name != name:
-        return f"is named '{printable(leader.resource_name)}'"
-    if (leader.sector_size, leader.alignment) != (view.block_size, view.alignment):
-        return f"is for blocks of {leader.sector_size} bytes and areas of {leader.alignment}"
-    return None
+    geometry = {"block_size": view.block_size, "alignment": view.alignment}
+    return leader_trouble(leader, domain.uuid, resource, lockspace=lockspace, **geometry)
 
 
 def _against_lockspace(domain: AnyDomain, storage: Storage) -> list[Finding]:
-    trouble = _trouble(domain, _leader_at(storage, 0), lockspace=True, name="")
+    trouble = _trouble(domain, _leader_at(storage, 0), lockspace=True)
     if trouble is None:
         return []
     hosts = _hosts_in(domain, storage)
@@ -125,7 +114,7 @@ def _hosts_in(domain: AnyDomain, storage: Storage) -> list[int]:
 
 def _against_lock(domain: AnyDomain, storage: Storage) -> list[Finding]:
     leader = _leader_at(storage, domain.metadata.alignment)
-    trouble = _trouble(domain, leader, lockspace=False, name=_SDM)
+    trouble = _trouble(domain, leader, _SDM)
     return [] if trouble is None else [Finding(LOCK, f"the domain's lock {trouble}", "write lock")]
 
 

@@ -95,7 +95,7 @@ def test_p07_a_lease_under_the_name_of_an_old_merge_is_found_and_written_anew(re
     (finding,) = check.check_domain(domain).findings
     assert "_MERGE" in finding.text and finding.repair == "write lease"
     assert check.mend(token, domain).clean
-    assert domain.lease_name(volumes[0]) == volumes[0]
+    assert domain.lease_leader(volumes[0]).resource_name == volumes[0]
 
 
 @LVM

@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checking whole domains, and mending what has a rule."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
+from qcowlib.storage.file import FileStorage
 from storage_pool import check, merge
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
 from storage_pool.ids import make_id
+from storage_pool.lease_records import lockspace_area, resource_area
 from storage_pool.testing.killing import Killed, KillingDomain
 
 CTIME = 1617235200
@@ -61,16 +64,45 @@ def test_p09_everything_with_a_rule_is_mended(make_domain, token):
     assert set(vol.records_of(domain, third)) == {members[0], members[2]}
 
 
-def test_ls_a_lease_under_another_name_is_found_and_rewritten(file_domain, token):
-    domain = file_domain()
-    _, volumes = disk(domain, token, 1)
-    path = Path(domain.path_of(volumes[0]) + ".lease")
-    data = bytearray(path.read_bytes())
-    data[104:152] = b"x_MERGE".ljust(48, b"\0")
-    path.write_bytes(data)
-    (finding,) = check.check_domain(domain).findings
-    assert finding.repair == "write lease" and "x_MERGE" in finding.text
-    assert check.mend(token, domain).clean and domain.lease_name(volumes[0]) == volumes[0]
+def other_leases(domain, volume):
+    """Areas that are no lease of *volume*, with a word of what is said of each."""
+    good = resource_area(domain.uuid, volume)
+    yield resource_area(domain.uuid, f"{volume}_MERGE"), "_MERGE"
+    yield resource_area(make_id(), volume), "of lockspace"
+    yield resource_area("", ""), "of lockspace ''"
+    yield lockspace_area(domain.uuid), "another kind"
+    yield resource_area(domain.uuid, volume, block_size=4096), "blocks of 4096"
+    yield resource_area(domain.uuid, volume, alignment=2 * MIB)[:MIB], "areas of 2097152"
+    yield good[:160] + b"\1" + good[161:], "checksum"
+    yield bytes(MIB), "is not there"
+    yield b"\xff" * MIB, "is not there"
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_ls_a_lease_of_another_name_or_domain_or_form_is_found_and_rewritten(make_domain, token, version):
+    domain = make_domain(version)
+    _, (volume,) = disk(domain, token, 1)
+    area = domain.lease(volume).area
+
+    def lease(data=None):
+        opened = domain.special("leases", writable=True) if domain.block else contextlib.nullcontext(files[0])
+        with opened as storage:
+            if data is not None:
+                storage.write(area.offset, [data])
+            read = bytearray(MIB)
+            storage.read_into(area.offset, [read])
+        return bytes(read)
+
+    files = [] if domain.block else [FileStorage.open(area.path, writable=True)]
+    sound = lease()
+    for data, word in other_leases(domain, volume):
+        lease(data)
+        (finding,) = check.check_domain(domain).findings
+        assert (finding.volume, finding.repair) == (volume, "write lease") and word in finding.text
+        assert lease() == data
+        assert check.mend(token, domain).clean and lease() == sound
+    for file in files:
+        file.close()
 
 
 def test_what_has_no_rule_is_told_and_stays(file_domain, token):

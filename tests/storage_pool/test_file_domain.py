@@ -148,7 +148,7 @@ def test_fd05_volume_life_leaves_nothing(make, token):
     with contextlib.closing(domain.open_volume(volume, writable=True)) as storage:
         storage.write(0, [b"pattern"])
     assert domain.record(volume) == record(domain, image)
-    assert domain.lease_name(volume) == volume
+    assert domain.lease_leader(volume).resource_name == volume
     domain.mark_removed(token, image, [volume])
     assert domain.entries()[volume].removed
     domain.purge(token, image)

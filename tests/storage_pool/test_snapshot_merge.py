@@ -169,7 +169,7 @@ def test_a_merge_by_renames_keeps_the_disk_the_name_of_the_child_and_its_lease(m
     record = domain.record(top)
     assert (record.legality, record.generation) == ("LEGAL", 1)
     assert record.format == (options["format"] if position == 0 else "COW")
-    assert domain.lease_name(top) == top
+    assert domain.lease_leader(top).resource_name == top
     assert clean(domain, image)
 
 

@@ -405,6 +405,7 @@ complete -c qcow -n '__fish_seen_subcommand_from serve' -s B -l bitmap -x -d 'le
 complete -c qcow -n '__fish_seen_subcommand_from serve' -s t -l persistent -d 'go on when the last client has gone (the default)'
 complete -c qcow -n '__fish_seen_subcommand_from serve' -l once -d 'end when the last client has gone'
 complete -c qcow -n '__fish_seen_subcommand_from serve' -s e -l shared -x -d 'clients at once (default: 16)'
+complete -c qcow -n '__fish_seen_subcommand_from serve' -l timeout -x -d 'seconds after which a client that takes no answer is dropped (default: 60; 0: never)'
 complete -c qcow -n '__fish_seen_subcommand_from serve' -l pid-file -x -d 'write the process number there once clients can connect'
 complete -c qcow -n '__fish_seen_subcommand_from serve' -l plan -d 'tell what would be served, and serve nothing'
 complete -c qcow -n '__fish_seen_subcommand_from serve' -l output -x -a 'human json' -d 'human (default) or json'

@@ -86,6 +86,14 @@ COMMAND = Command(
             meta="COUNT",
             convert=_number("--shared", 1, 1024),
         ),
+        Option(
+            "",
+            "timeout",
+            "timeout",
+            "seconds after which a client that takes no answer is dropped (default: 60; 0: never)",
+            meta="SECONDS",
+            convert=_number("--timeout", 0, 1_000_000),
+        ),
         Option("", "pid-file", "pid-file", "write the process number there once clients can connect", meta="PATH"),
         Option("", "plan", "plan", "tell what would be served, and serve nothing"),
         options.OUTPUT,
@@ -187,6 +195,7 @@ def _serve(args: Args, console: Console, exports: list[Export], as_json: bool) -
     fd = args.number("fd")
     if fd is None and args.text("socket") is None and args.number("port") is None:
         fd = activated_descriptor(os.environ)
+    timeout = args.number("timeout")
     tell = _teller(console, as_json, args.flag("quiet"))
     server = NbdServer(
         exports,
@@ -195,6 +204,7 @@ def _serve(args: Args, console: Console, exports: list[Export], as_json: bool) -
         fd=fd,
         shared=args.number("shared") or 16,
         once=args.flag("once"),
+        timeout=(60 if timeout is None else timeout) or None,
         on_event=tell,
     )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

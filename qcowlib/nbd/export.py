@@ -18,7 +18,7 @@ from qcowlib.image import Image
 from qcowlib.nbd import protocol as p
 from qcowlib.nbd.protocol import ExportInfo
 from qcowlib.qcow2.image import Qcow2Image
-from qcowlib.units import KiB
+from qcowlib.units import KiB, round_down, round_up
 
 __all__ = ["Export", "Status"]
 
@@ -66,7 +66,10 @@ class Export:
         for bitmap in self._bitmaps:
             next(image.bitmap_extents(bitmap), None)
         top = image.layers[0]
-        self.fast_zero = isinstance(top, Qcow2Image) and top.header.version >= 3
+        self.fast_zero, self._unit = False, 1
+        if isinstance(top, Qcow2Image):
+            self.fast_zero = top.header.version >= 3
+            self._unit = top.cluster_size // 32 if top.cmap.extended else top.cluster_size
         cluster = max(4 * KiB, image.cluster_size or 0)
         flags = p.HAS_FLAGS | p.SEND_FLUSH | p.SEND_FUA | p.CAN_MULTI_CONN | p.SEND_CACHE
         flags |= p.READ_ONLY if read_only else p.SEND_TRIM | p.SEND_WRITE_ZEROES | p.SEND_FAST_ZERO
@@ -80,10 +83,24 @@ class Export:
 
     def zero(self, length: int, offset: int, *, no_hole: bool, fast: bool) -> int:
         """Write zeros; returns 0, or ENOTSUP where *fast* was asked and it would not be fast."""
-        if fast and not self.fast_zero:
+        if fast and not (self.fast_zero and self._edges_are_zero(offset, offset + length)):
             return p.ENOTSUP
         self.image.zero(length, offset, unmap=not no_hole)
         return 0
+
+    def _edges_are_zero(self, start: int, end: int) -> bool:
+        """Whether the parts of clusters in the range read as zeros already: if not, they would be written."""
+        first, last = round_up(start, self._unit), round_down(end, self._unit)
+        last = end if end == self.info.size else last
+        return self._reads_zero(start, min(first, end)) and self._reads_zero(max(last, start), end)
+
+    def _reads_zero(self, start: int, end: int) -> bool:
+        while start < end:
+            runs = self.image.map(start, end - start)
+            if runs.end <= start or any(run[0] not in (HOLE, ZERO) for run in runs):
+                return False
+            start = runs.end
+        return True
 
     # -- block status ----------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The negotiation of one connection, as a state machine: bytes in, bytes out.
 
-Invariant: pure; it keeps no more than one option of :data:`MAX_OPTION` bytes,
-and whatever arrives it answers, skips or ends, and never raises.
+Invariant: pure; it keeps no more than one option of :data:`MAX_OPTION` bytes
+and what arrived with it, answers no more at once than :data:`MAX_ANSWER` bytes
+and one option, and whatever arrives it answers, skips or ends, and never raises.
 """
 
 from __future__ import annotations
@@ -100,10 +101,10 @@ class Negotiation:
         return p.GREETING.pack(p.NBD_MAGIC, p.OPTION_MAGIC, p.FIXED_NEWSTYLE | p.NO_ZEROES)
 
     def feed(self, data: bytes | memoryview) -> bytes:
-        """Take what arrived; returns what to answer."""
+        """Take what arrived; returns what to answer.  After a long answer there may be more: feed it nothing then."""
         self.rest += data
         answers = bytearray()
-        while not self.closed and self.agreed is None:
+        while not self.closed and self.agreed is None and len(answers) < p.MAX_ANSWER:
             answer = self._step()
             if answer is None:
                 break

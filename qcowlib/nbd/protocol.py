@@ -36,6 +36,8 @@ MAX_SKIP: Final = 1 * MiB
 """Bytes of a refused option that are skipped; with more the client is disconnected."""
 MAX_OPTIONS: Final = 1024
 """Options in one negotiation."""
+MAX_ANSWER: Final = 64 * KiB
+"""Bytes of answers to options, above which these are sent before the next option is looked at."""
 MAX_NAME: Final = 4096
 """Bytes of a string of the protocol."""
 MAX_CONTEXTS: Final = 64

@@ -3,7 +3,8 @@
 """The server: one thread that accepts, one blocking thread a connection.
 
 Invariants: at most *shared* connections at once, further ones wait in the
-kernel; a connection that does not finish its negotiation in time is dropped;
+kernel; a connection that does not finish its negotiation in time is dropped,
+and one that for some time takes no answer or leaves a request half sent;
 no error of a connection reaches another one or the caller; when
 :meth:`NbdServer.stop` returns no thread is left and all that clients wrote is
 durable.
@@ -19,6 +20,7 @@ import socket as net
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from qcowlib.errors import Error, UsageError, printable
@@ -43,6 +45,8 @@ __all__ = ["NbdServer", "serve"]
 
 MAX_SHARED: Final = 1024
 _HANDSHAKE_SECONDS: Final = 10.0
+_STALL_SECONDS: Final = 60.0
+_MAX_STALL: Final = 1_000_000
 _GRACE_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 0.05
 _RECEIVE: Final = 4096
@@ -69,7 +73,9 @@ class NbdServer:
     (of 127.0.0.1; 0 takes any) and *fd* (a listening descriptor, which stays the
     caller's) says where; without one it is a new Unix socket in a private folder.
     *shared* is how many connections there may be at once (1 to 1024).
-    With *once* the server ends when the last client has gone.  *on_event* is
+    With *once* the server ends when the last client has gone.  A client that
+    takes no answer, or leaves a request half sent, for *timeout* seconds is
+    dropped (``None``: never); one that asks nothing is not.  *on_event* is
     called with a dict that has an ``event``: ``connected``, ``negotiated``,
     ``disconnected`` (with ``requests`` and ``problem``), from several threads.
 
@@ -85,6 +91,7 @@ class NbdServer:
         fd: int | None = None,
         shared: int = 16,
         once: bool = False,
+        timeout: float | None = _STALL_SECONDS,
         handshake_timeout: float = _HANDSHAKE_SECONDS,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
@@ -94,8 +101,11 @@ class NbdServer:
             raise UsageError("exports need different names" if given else "nothing to export")
         if not 1 <= shared <= MAX_SHARED:
             raise UsageError(f"the number of clients must be from 1 to {MAX_SHARED}")
+        if timeout is not None and not 0 < timeout <= _MAX_STALL:
+            raise UsageError(f"the time for an answer must be above 0 and at most {_MAX_STALL} seconds")
         self._infos = {name: export.info for name, export in self.exports.items()}
         self._once = once
+        self._stall = _timeval(timeout)
         self._timeout = handshake_timeout
         self._on_event = on_event or (lambda event: None)
         self._owned: list[Image] = []
@@ -202,6 +212,8 @@ class NbdServer:
                 worker.run()
         except TimeoutError:
             problem = "the client did not finish its negotiation in time"
+        except BlockingIOError:
+            problem = "the client took no answer, or did not finish a request, in time"
         except (Ended, Error) as error:
             problem = str(error)
         except OSError as error:
@@ -236,10 +248,16 @@ class NbdServer:
             if answer:
                 send_all(channel, [answer])
             if talk.agreed is not None:
+                # By the kernel: a call that waits for nothing costs nothing.
                 channel.settimeout(None)
+                channel.setsockopt(net.SOL_SOCKET, net.SO_SNDTIMEO, self._stall)
+                channel.setsockopt(net.SOL_SOCKET, net.SO_RCVTIMEO, self._stall)
                 return talk.agreed, bytes(talk.rest)
             if time.monotonic() > end:
                 raise TimeoutError
+            if answer:
+                answer = talk.feed(b"")
+                continue
             data = channel.recv(_RECEIVE)
             if not data:
                 return None
@@ -316,6 +334,12 @@ class NbdServer:
         self.stop()
 
 
+def _timeval(seconds: float | None) -> bytes:
+    """The option value of a time limit of a socket; none is zero there."""
+    whole, parts = divmod(int((seconds or 0) * 1_000_000), 1_000_000)
+    return Struct("@ll").pack(whole, parts if seconds is None or whole else max(parts, 1))
+
+
 def serve(
     images: Source | Image | Mapping[str, Source | Image],
     *,
@@ -334,6 +358,7 @@ def serve(
     fd: int | None = None,
     shared: int = 16,
     once: bool = False,
+    timeout: float | None = _STALL_SECONDS,
     on_event: Callable[[Event], object] | None = None,
 ) -> NbdServer:
     """Serve one image under *name*, or several as a mapping from names, over NBD; see :class:`NbdServer`.
@@ -364,7 +389,9 @@ def serve(
                 )
                 opened.append(image)
             exports.append(Export(image, key, read_only=not writable, bitmaps=chosen))
-        server = NbdServer(exports, socket=socket, port=port, fd=fd, shared=shared, once=once, on_event=on_event)
+        server = NbdServer(
+            exports, socket=socket, port=port, fd=fd, shared=shared, once=once, timeout=timeout, on_event=on_event
+        )
     except BaseException:
         for image in opened:
             image.close()

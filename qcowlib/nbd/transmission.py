@@ -45,7 +45,10 @@ _CHANGES: Final = (p.CMD_WRITE, p.CMD_TRIM, p.CMD_WRITE_ZEROES)
 
 
 class Channel(Protocol):
-    """What a connection is: a stream socket, or something like it."""
+    """What a connection is: a stream socket, or something like it.
+
+    One that has a time limit raises BlockingIOError when nothing moved within it.
+    """
 
     def recv_into(self, buffer: memoryview, /) -> int: ...
 
@@ -112,7 +115,13 @@ class Transmission:
             self._input[:have] = self._input[self._at : self._end]
             self._at, self._end = 0, have
         while self._end < wanted:
-            count = self._channel.recv_into(self._input[self._end :])
+            try:
+                count = self._channel.recv_into(self._input[self._end :])
+            except BlockingIOError:
+                if self._end:
+                    raise
+                # A client that has nothing to ask may take its time.
+                continue
             if count == 0:
                 if self._end:
                     raise Ended("the client went in the middle of a request")

@@ -105,11 +105,22 @@ class Writer:
         start = round_up(offset, size)
         end = offset + length
         end = end if end >= self.image.size else round_down(end, size)
-        if start < end:
-            await self._each(start, end - start, self._discard_piece)
+        # Source: qemu; its bitmaps record all that was named, also where no cluster is whole.
+        if start < end or self.image.tracker is not None:
+            await self._each(start, max(end - start, 0), self._discard_piece, named=(offset, length))
 
-    async def _each(self, offset: int, length: int, piece: Callable[[int, int], Awaitable[int]]) -> None:
-        """Run *piece* over the range under the gate and the range lock; it returns how far it came."""
+    async def _each(
+        self,
+        offset: int,
+        length: int,
+        piece: Callable[[int, int], Awaitable[int]],
+        *,
+        named: tuple[int, int] | None = None,
+    ) -> None:
+        """Run *piece* over the range under the gate and the range lock; it returns how far it came.
+
+        *named* is the range that counts as changed, where it is a larger one.
+        """
         image = self.image
         await image.start_writing()
         await self.gate.enter()
@@ -123,7 +134,7 @@ class Writer:
                 if offset + length > round_up(image.size, size):
                     raise OutOfRange("the image was made smaller meanwhile", path=image.storage.name)
                 for changed in image.on_change:
-                    changed(offset, length)
+                    changed(*(named or (offset, length)))
                 end = offset + length
                 while offset < end:
                     image.changing.check()

@@ -153,6 +153,17 @@ def test_who_speaks_of_something_else_is_disconnected(data: bytes) -> None:
     assert talk.closed and talk.agreed is None and not talk.rest
 
 
+def test_long_answers_are_given_in_parts() -> None:
+    many = {str(number): ExportInfo(str(number) + "n" * 4000, "", 512, 3, 4096, ()) for number in range(50)}
+    talk = Negotiation({info.name: info for info in many.values()})
+    answer = talk.feed(b"\0\0\0\3" + wire.option(3) * 4)
+    parts = []
+    while answer:
+        parts.append(len(wire.option_replies(answer)))
+        answer = talk.feed(b"")
+    assert parts == [51] * 4
+
+
 OPTIONS = st.one_of(
     st.binary(max_size=40),
     st.builds(wire.option, st.integers(0, 12), st.binary(max_size=60)),

@@ -21,7 +21,7 @@ from qcowlib.storage.memory import MemoryStorage
 from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
 from qcowlib.testing.recorder import OpLog
 from tests.qcowlib.nbd import wire
-from tests.qcowlib.nbd.wire import FLUSH, FUA, READ, WRITE, Client
+from tests.qcowlib.nbd.wire import FLUSH, FUA, READ, TRIM, WRITE, ZEROES, Client
 
 MiB = 1 << 20
 
@@ -153,7 +153,7 @@ def test_what_one_connection_wrote_and_another_flushed_is_durable(served: qcowli
 
 @pytest.mark.crash
 def test_every_cut_keeps_what_was_flushed_over_the_wire() -> None:
-    """Invariant: I6"""
+    """Invariant: I6, also where another connection flushed than wrote."""
     storage, log = MemoryStorage(b"", name="memory"), OpLog()
     qcowlib.create(storage, 4 * MiB)
     promised: list[tuple[int, int, bytes]] = []
@@ -161,9 +161,9 @@ def test_every_cut_keeps_what_was_flushed_over_the_wire() -> None:
         qcowlib.open(log.record(storage), "r+") as image,
         qcowlib.serve(image, writable=True) as server,
     ):
-        client = Client(str(server.socket))
+        client, other = Client(str(server.socket)), Client(str(server.socket))
         assert client.call(WRITE, MiB, data=b"a" * 4096) == 0
-        assert client.call(FLUSH) == 0
+        assert other.call(FLUSH) == 0
         promised.append((log.position, MiB, b"a" * 4096))
         assert client.call(WRITE, 2 * MiB, data=b"b" * 4096, flags=FUA) == 0
         promised.append((log.position, 2 * MiB, b"b" * 4096))
@@ -227,6 +227,66 @@ def test_who_does_not_negotiate_in_time_is_dropped(disk: Path, events: Events) -
             server.stop()
 
 
+def test_who_takes_no_answer_makes_room_for_the_next_one(disk: Path, events: Events) -> None:
+    with qcowlib.serve(disk, shared=1, timeout=0.05, on_event=events) as server:
+        greedy = Client(str(server.socket))
+        greedy.socket.sendall(wire.request(READ, 0, 4 * MiB) * 8)
+        late = Client(str(server.socket))
+        assert "took no answer" in events.wait("disconnected")[0]["problem"]
+        assert late.read(0, 4) == bytes(4)
+        greedy.close()
+
+
+@pytest.mark.parametrize("part", [wire.request(READ, 0, 1)[:-1], wire.request(WRITE, 0, 8) + b"half"])
+def test_who_leaves_a_request_half_sent_is_dropped(disk: Path, events: Events, part: bytes) -> None:
+    with qcowlib.serve(disk, writable=True, timeout=0.05, on_event=events) as server:
+        client = Client(str(server.socket))
+        client.socket.sendall(part)
+        assert "did not finish a request" in events.wait("disconnected")[0]["problem"]
+    with qcowlib.open(disk) as image:
+        assert image.pread(8, 0) == bytes(8)
+
+
+def test_who_asks_nothing_stays(disk: Path, events: Events) -> None:
+    with qcowlib.serve(disk, timeout=0.01, on_event=events) as server:
+        quiet = Client(str(server.socket))
+        for _ in range(2):
+            # Time passes: another one is dropped meanwhile.
+            half = Client(str(server.socket))
+            half.socket.sendall(b"\x25")
+            assert half.socket.recv(1) == b""
+        assert quiet.read(0, 4) == bytes(4)
+        assert len(events.of("disconnected")) <= 2
+
+
+def test_who_closes_its_sending_side_is_answered_all_that_it_asked(served: qcowlib.NbdServer) -> None:
+    client = Client(str(served.socket))
+    client.socket.sendall(wire.request(WRITE, 0, 4) + b"half" + wire.request(READ, 0, 4) * 3)
+    client.socket.shutdown(socket.SHUT_WR)
+    client.take(16)
+    assert [client.take(20)[16:] for _ in range(3)] == [b"half"] * 3
+    assert client.socket.recv(1) == b""
+
+
+def test_who_only_negotiates_and_never_listens_is_dropped(disk: Path, events: Events) -> None:
+    with qcowlib.open(disk) as image:
+        exports = [qcowlib.Export(image, f"{number}{'n' * 4000}") for number in range(20)]
+        with (
+            qcowlib.NbdServer(exports, handshake_timeout=0.2, on_event=events) as server,
+            socket.socket(socket.AF_UNIX) as deaf,
+        ):
+            deaf.connect(str(server.socket))
+            # 16 bytes ask for 80 KiB.
+            deaf.sendall(b"\0\0\0\3" + wire.option(3) * 500)
+            assert "in time" in events.wait("disconnected")[0]["problem"]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 1e12])
+def test_time_limits_that_make_no_sense_are_refused(disk: Path, timeout: float) -> None:
+    with pytest.raises(qcowlib.UsageError, match="seconds"):
+        qcowlib.serve(disk, timeout=timeout)
+
+
 def test_once_ends_with_the_last_client(disk: Path, events: Events) -> None:
     with qcowlib.serve(disk, once=True, on_event=events) as server:
         one, two = Client(str(server.socket)), Client(str(server.socket))
@@ -274,9 +334,14 @@ def test_recorded_bitmaps_know_what_came_over_the_wire(disk: Path) -> None:
     with qcowlib.open(disk, "r+") as image:
         image.add_bitmap("b", 65536)
     with qcowlib.serve(disk, writable=True) as server:
-        assert Client(str(server.socket)).call(WRITE, MiB, data=b"x") == 0
+        client = Client(str(server.socket))
+        assert client.call(WRITE, MiB, data=b"x") == 0
+        # No cluster is given back: recorded all the same, as by qemu.
+        assert client.call(TRIM, 2 * MiB + 4096, 512) == 0
+        assert client.call(ZEROES, 3 * MiB - 1, 2) == 0
     with qcowlib.open(disk) as image:
-        assert list(image.bitmap_extents("b")) == [(MiB, 65536)]
+        unit = 65536
+        assert list(image.bitmap_extents("b")) == [(MiB, unit), (2 * MiB, unit), (3 * MiB - unit, 2 * unit)]
 
 
 def test_request_to_stop_that_comes_late_does_nothing(disk: Path) -> None:

@@ -201,9 +201,9 @@ class Image(OpenImage):
         """Delete a bitmap."""
         await self._bitmaps().remove(name)
 
-    async def clear_bitmap(self, name: str) -> None:
-        """Forget what a bitmap has recorded."""
-        await self._bitmaps().clear(name)
+    async def clear_bitmap(self, *names: str) -> None:
+        """Forget what bitmaps have recorded."""
+        await self._bitmaps().clear(*names)
 
     async def replace_bitmap(self, name: str, by: str) -> None:
         """Delete bitmap *name* and give its name to bitmap *by*."""

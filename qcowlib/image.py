@@ -374,9 +374,12 @@ class Image(OpenImage):
         """Delete a bitmap; all that can be done to an inconsistent one.  Raises: UsageError for an unknown one."""
         self._runtime.run(self._bitmaps().remove(name))
 
-    def clear_bitmap(self, name: str) -> None:
-        """Forget what a bitmap has recorded.  Raises: UsageError for an unknown or inconsistent one."""
-        self._runtime.run(self._bitmaps().clear(name))
+    def clear_bitmap(self, *names: str) -> None:
+        """Forget what bitmaps have recorded; a cut leaves all as they were or all clear.
+
+        Raises: UsageError for an unknown or inconsistent one.
+        """
+        self._runtime.run(self._bitmaps().clear(*names))
 
     def replace_bitmap(self, name: str, by: str) -> None:
         """Delete bitmap *name* and give its name to bitmap *by*; a cut leaves both or the one.

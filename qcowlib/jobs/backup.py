@@ -22,9 +22,9 @@ holds the day before.
 
 Invariants: the overlay holds every cluster that a bitmap touches, as the source
 has it now, zeros as zeros, so that nothing older shows through; it has no magic
-until all of it is durable (I11), and is removed if the job fails; a bitmap is advanced
-only after the overlay and its name are durable, so a cut at any point leaves the
-bitmap with all that no backup holds.
+until all of it is durable (I11), and is removed if the job fails; bitmaps are advanced, all
+by one switch, only after the overlay and its name are durable, so a cut at any point
+leaves them with all that no backup holds.
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ def backup(
         if advance:
             if isinstance(target, str | bytes | os.PathLike):
                 sync_directory(name)
-            for each in _names(bitmap):
-                image.clear_bitmap(each)
+            image.clear_bitmap(*_names(bitmap))
     control.end()
     return changed
 

@@ -332,13 +332,14 @@ class BitmapSession:
         for value in values:
             space.drop(value)
 
-    async def clear(self, name: str) -> None:
-        """Forget what a bitmap recorded."""
+    async def clear(self, *names: str) -> None:
+        """Forget what bitmaps recorded, all by one switch of the directory."""
         async with self._structural() as space:
-            entry = self._find(name)
-            await self._drop(space, entry)
-            empty = await self._fold(space, entry._replace(table_offset=0), None)
-            await self._publish(space, self._with(empty))
+            emptied = {}
+            for entry in [self._find(name) for name in dict.fromkeys(names)]:
+                await self._drop(space, entry)
+                emptied[entry.name] = await self._fold(space, entry._replace(table_offset=0), None)
+            await self._publish(space, [emptied.get(entry.name, entry) for entry in self.entries])
 
     async def replace(self, name: str, by: str) -> None:
         """Delete bitmap *name* and give its name to bitmap *by*, by one switch of the directory."""

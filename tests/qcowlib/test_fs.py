@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import re
 import threading
 import tomllib
+import zlib
 from collections.abc import Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qcowlib
-from qcowlib.fs import Qcow2FileSystem, RangeReader
+from qcowlib.fs import BlockCache, Qcow2FileSystem, RangeReader
 from qcowlib.storage.memory import MemoryStorage
 
 pytestmark = pytest.mark.bare
@@ -30,10 +34,14 @@ MiB = 1 << 20
 
 
 class Web:
-    """A server of *folder* on this machine that counts what it is asked; with *ranges* off it sends all."""
+    """A server of *folder* on this machine that counts what it is asked; with *ranges* off it sends all.
+
+    *tells* is the header by which clients know one state of a file from another.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.ranges = True
+        self.tells = "ETag"
         self.reads: list[tuple[str, int]] = []
         web = self
 
@@ -47,6 +55,9 @@ class Web:
                     self.send_error(404)
                     return
                 data = path.read_bytes()
+                state = formatdate(path.stat().st_mtime, usegmt=True)
+                if web.tells == "ETag":
+                    state = f'"{zlib.crc32(data)}"'
                 wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
                 if wanted and web.ranges:
                     first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
@@ -56,6 +67,8 @@ class Web:
                 else:
                     self.send_response(200)
                     self.send_header("Accept-Ranges", "bytes" if web.ranges else "none")
+                if web.tells:
+                    self.send_header(web.tells, state)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 if body:
@@ -144,6 +157,65 @@ def test_server_without_ranges_is_an_error_and_not_wrong_bytes(web: Web) -> None
         fsspec.filesystem("qcow2", fo=f"{web.url}/disk.qcow2").cat_file("disk", 0, 10)
 
 
+def test_server_that_says_it_has_no_ranges_is_asked_for_nothing(web: Web) -> None:
+    web.ranges = False
+    with pytest.raises(qcowlib.StorageError, match="does not serve ranges"):
+        RangeReader(fsspec.filesystem("http"), f"{web.url}/disk.qcow2")
+    assert not web.reads
+
+
+@pytest.mark.parametrize("name", ["disk.qcow2", "base.qcow2"])
+@pytest.mark.parametrize("tells", ["ETag", "Last-Modified"])
+def test_object_that_changes_is_one_error_and_never_mixed_bytes(web: Web, folder: Path, name: str, tells: str) -> None:
+    web.tells = tells
+    before = content(folder / "disk.qcow2")
+    fs = fsspec.filesystem("qcow2", fo=f"{web.url}/disk.qcow2", block_bytes=4096)
+    layer = ("disk.qcow2", "base.qcow2").index(name)
+    places = [one.start for one in fs._image().extents() if (one.kind, one.depth) == ("data", layer)]
+    assert fs.cat_file("disk", places[0], places[0] + 512) == before[places[0] :][:512]
+    path = folder / name
+    # Of the same length, as an image that is written in place.
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, (1, 1))
+    for _ in range(2):
+        with pytest.raises(qcowlib.StorageError, match=rf"{name}: the file changed") as caught:
+            fs.cat_file("disk", places[-1], places[-1] + 512)
+        assert caught.value.errno == errno.ESTALE
+    # Nor from the cache, which holds the state before.
+    with pytest.raises(qcowlib.StorageError, match="changed"):
+        fs.cat_file("disk", places[0], places[0] + 512)
+
+
+def test_object_that_shrinks_or_goes_is_an_error_that_says_so(web: Web, folder: Path) -> None:
+    web.tells = ""
+    path = folder / "disk.qcow2"
+    reader = RangeReader(fsspec.filesystem("http"), f"{web.url}/disk.qcow2", block=4096)
+    path.write_bytes(path.read_bytes()[: 1 << 20])
+    with pytest.raises(qcowlib.StorageError, match="changed"):
+        reader.pread(512, reader.size - 512)
+    reader = RangeReader(fsspec.filesystem("http"), f"{web.url}/disk.qcow2", block=4096)
+    path.unlink()
+    with pytest.raises(qcowlib.StorageError, match=r"disk\.qcow2.*No such file"):
+        reader.pread(512, 0)
+
+
+def test_changes_are_not_looked_for_where_nobody_writes(web: Web, folder: Path) -> None:
+    web.tells = "Last-Modified"
+    path = folder / "disk.qcow2"
+    reader = RangeReader(fsspec.filesystem("http"), f"{web.url}/disk.qcow2", check_changes=False)
+    os.utime(path, (1, 1))
+    assert reader.pread(512, 0) == path.read_bytes()[:512]
+
+
+def test_object_in_memory_that_is_put_anew_has_changed() -> None:
+    put("/anew/disk", "")
+    fs = fsspec.filesystem("qcow2", fo="memory://anew/disk", block_bytes=512, cache_bytes=512)
+    assert fs.cat_file("disk", 0, 4) == bytes(4)
+    put("/anew/disk", "")
+    with pytest.raises(qcowlib.StorageError, match="changed"):
+        fs._reader.pread(4, 2048)
+
+
 def test_what_is_not_there_is_told_with_its_name(web: Web, folder: Path) -> None:
     with pytest.raises(qcowlib.StorageError, match=r"none\.qcow2"):
         fsspec.filesystem("qcow2", fo=f"{web.url}/none.qcow2").info("disk")
@@ -158,7 +230,8 @@ def test_what_is_not_there_is_told_with_its_name(web: Web, folder: Path) -> None
 def put(path: str, backing: str) -> None:
     """An image at *path* in memory that names *backing*."""
     storage = MemoryStorage(b"", name="top")
-    qcowlib.create(storage, MiB, backing=backing, backing_format="qcow2", check_backing=False)
+    below: Any = {"backing": backing, "backing_format": "qcow2", "check_backing": False} if backing else {}
+    qcowlib.create(storage, MiB, **below)
     fsspec.filesystem("memory").pipe_file(path, storage.getvalue())
 
 
@@ -246,10 +319,11 @@ class Fake:
 @given(st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 5000)), max_size=20), st.integers(1, 4))
 def test_any_reads_are_right_and_the_cache_is_bounded(reads: list[tuple[int, int]], blocks: int) -> None:
     target = Fake(random.Random(1).randbytes(8000))
-    reader = RangeReader(target, "x", block=512, cache=512 * blocks)
-    for offset, length in reads:
-        assert reader.pread(length, offset) == target.data[offset : offset + length]
-        assert len(reader._blocks) <= blocks
+    cache = BlockCache(512 * blocks)
+    readers = [RangeReader(target, name, block=512, cache=cache) for name in ("x", "y")]
+    for number, (offset, length) in enumerate(reads):
+        assert readers[number % 2].pread(length, offset) == target.data[offset : offset + length]
+        assert cache.held <= 512 * blocks
     assert all(0 <= start < end <= 8000 for start, end in target.calls)
 
 

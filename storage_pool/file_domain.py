@@ -19,16 +19,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
-from qcowlib.errors import GateDenied
+from qcowlib.errors import Error, GateDenied
 
 from . import layout
 from .domain import Leftover, VolumeEntry
 from .errors import AlreadyExists, Illegal, IllegalSpec, IllegalSpecKind, MetadataError, NotFound, UnsupportedVersion
+from .file_leftovers import find_leftovers, sweep_leftovers
 from .ids import BLANK, ISO_IMAGE, check_id, is_id
 from .lease_records import SafeleaseTag, lockspace_area, read_leader, resource_area, write_area
 from .leases import Lease, LeaseArea
 from .metadata_domain import BACKUP, BLOCK_TYPES, DATA, ISO, DomainMetadata, new_domain_values
-from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse
+from .metadata_volume import RECORD_SIZE, VolumeMetadata, parse, parse_lenient
 from .rooted import Rooted, detect_block_size
 from .sealed import SealedStore, from_lines, split_lines, to_lines
 from .sizes import sanlock_alignment
@@ -298,7 +299,9 @@ class FileDomain:
     def listing(self) -> dict[str, list[str]]:
         """Return the image directories by volume; of several, the volume's own first.
 
-        Its own is the one that holds nothing else.  No record is read.
+        Its own is the one that holds nothing else.  A record is read only
+        where there are two of that kind, as when making a disk of a template
+        was cut.
         """
         if self._listing is None:
             images: dict[str, list[str]] = {}
@@ -321,10 +324,20 @@ class FileDomain:
                         self._data_only[name] = image
                     elif name.endswith(_NOTE) and is_id(image):
                         self._with_note[name.removesuffix(_NOTE)] = image
-            for users in images.values():
-                users.sort(key=lambda image: (not is_id(image), crowd[image] != 1, image))
+            for volume, users in images.items():
+                lone = [image for image in users if crowd[image] == 1 and is_id(image)]
+                own = self._image_told(volume, lone[0]) if len(lone) > 1 else None
+                users.sort(key=lambda image: (not is_id(image), crowd[image] != 1, image != own, image))
             self._listing = images
         return self._listing
+
+    def _image_told(self, volume: str, image: str) -> str | None:
+        """Return the image that the record of *volume*, a file in *image*, says it is of."""
+        try:
+            data = self._root.read(f"images/{image}/{volume}{_META}", limit=RECORD_SIZE * 8)
+        except Error:
+            return None
+        return parse_lenient(data).values.get("image")
 
     def entries(self) -> dict[str, VolumeEntry]:
         found = {}
@@ -429,6 +442,10 @@ class FileDomain:
             if not self._root.names(f"images/{image}"):
                 self._root.remove_tree(f"images/{image}")
         self._data_only.pop(volume, None)
+        self._listing = None
+        if self._root.exists(f"images/{image}"):
+            # A template linked here for this volume.
+            self.sweep(token, [one for one in self.leftovers() if one.name == f"images/{image}"])
 
     def size_of(self, volume: str) -> int:
         return self._root.stat(self._where(volume)).st_size
@@ -534,38 +551,10 @@ class FileDomain:
         self._listing = None
 
     def leftovers(self) -> list[Leftover]:
-        found = []
-        if self._root.exists(_METADATA + layout.NEW_SUFFIX):
-            found.append(Leftover("new file", _METADATA + layout.NEW_SUFFIX, "a change of the domain that did not end"))
-        for image in self.image_names():
-            if layout.removed_image(image):
-                found.append(Leftover("removed image", f"images/{image}", "a removal that did not end"))
-                continue
-            names = set(self._root.names(f"images/{image}"))
-            for name in sorted(names):
-                path = f"images/{image}/{name}"
-                volume = name.partition(".")[0]
-                if name.endswith(layout.NEW_SUFFIX):
-                    found.append(Leftover("new file", path, "a change of a volume that did not end"))
-                elif is_id(name) and name + _META not in names:
-                    found.append(Leftover("unfinished volume", path, "a creation or removal that did not end"))
-                elif name.endswith((_LEASE, _NOTE)) and volume + _META not in names:
-                    found.append(Leftover("unfinished volume", path, "what a volume that is not there would have"))
-                elif (twin := layout.twin_of(name)) is not None:
-                    # While a note tells of its merge it is that one's to end.
-                    if not any(twin in note for note in self.notes().values()):
-                        found.append(Leftover("unfinished merge", path, "a merged volume without a note of its merge"))
-                elif name.endswith(_META) and volume not in names:
-                    found.append(Leftover("broken volume", path, "a record without its volume; kept"))
-        return found
+        return find_leftovers(self._root, self.image_names(), self.listing(), self.notes().values())
 
     def sweep(self, token: SpmToken, leftovers: Sequence[Leftover]) -> None:
-        for leftover in leftovers:
-            token.check()
-            if leftover.kind == "removed image":
-                self._root.remove_tree(leftover.name)
-            elif leftover.kind in ("new file", "unfinished volume", "unfinished merge"):
-                self._root.unlink(leftover.name, missing_ok=True)
+        sweep_leftovers(token, self._root, leftovers)
         self._listing = None
 
     def capacity(self) -> tuple[int, int]:

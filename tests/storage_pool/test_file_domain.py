@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from qcowlib.errors import GateDenied
+from storage_pool import volume as vol
+from storage_pool.check import check_domain, mend
 from storage_pool.errors import (
     AlreadyExists,
     Illegal,
@@ -351,3 +353,36 @@ def test_no_descriptor_is_left_open(make, token):
     domain.refresh()
     assert domain.entries() and domain.capacity() and domain.external_leases() == {}
     assert names("/proc/self/fd") == before
+
+
+@pytest.fixture
+def template(make, token):
+    """A domain with a template; its own image is in the middle of all names."""
+    domain = make()
+    own, name = "7" + make_id()[1:], make_id()
+    vol.create_volume(token, domain, vol.VolumeSpec(own, name, 1 << 20), CTIME)
+    vol.update_volume(token, domain, name, role="SHARED")
+    return domain, own, name
+
+
+@pytest.mark.parametrize("first", ["0", "f"])
+def test_links_that_a_cut_thin_clone_left_are_found_and_the_template_keeps_its_own_image(template, token, first):
+    domain, own, name = template
+    clone = first + make_id()[1:]
+    domain.share(token, name, clone)
+    # Two directories hold nothing but the template: the record decides.
+    assert domain.listing()[name] == [own, clone]
+    (found,) = domain.leftovers()
+    assert (found.kind, found.name) == ("unused template", f"images/{clone}")
+    assert mend(token, domain).clean and domain.listing() == {name: [own]}
+    assert domain.root.names("images") == [own] and len(domain.root.names(f"images/{own}")) == 3
+    vol.create_volume(token, domain, vol.VolumeSpec(clone, make_id(), 1 << 20, parent=name), CTIME)
+    assert check_domain(domain).clean and domain.leftovers() == []
+
+
+def test_a_thin_clone_that_fails_leaves_no_links_of_its_template(template, token, monkeypatch):
+    domain, own, name = template
+    monkeypatch.setattr(domain, "publish", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vol.create_volume(token, domain, vol.VolumeSpec("0" + make_id()[1:], make_id(), 1 << 20, parent=name), CTIME)
+    assert domain.root.names("images") == [own] and check_domain(domain).clean

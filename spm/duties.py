@@ -12,7 +12,6 @@ before the first request is answered.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from qcowlib.units import MiB
 from storage_pool.block_domain import BlockDomain
 from storage_pool.errors import Illegal, NotAuthorized
 from storage_pool.lv_storage import open_logical_volume
-from storage_pool.rooted import Rooted
+from storage_pool.master_files import master_files
 
 from .extend import ExtensionServer
 from .host import Duties
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PoolDuties", "open_mailbox"]
 
-_TASKS = "master/tasks"
+_TASKS = "tasks"
 
 
 def _direct(path: str, *, writable: bool = False) -> Storage:
@@ -108,28 +107,31 @@ class PoolDuties(Duties):
     # -- recovery ----------------------------------------------------------------
 
     def _recover_tasks(self, token: LeaseToken) -> None:
-        with closing(self._open_master()) as master:
-            path = f"{master.name}/{_TASKS}"
-        # On a volume group the tasks lie in a file system on the volume "master".
-        if not os.path.isdir(path):  # noqa: PTH112
-            return
-        with closing(Rooted(path)) as root:
-            left = TaskManager(TaskStore(root), self._undo).recover(token)
+        left: dict[str, str] = {}
+        with ExitStack() as stack:
+            master = stack.enter_context(closing(self._open_master()))
+            try:
+                if isinstance(master, BlockDomain):
+                    # Its programs must not outlive the right to change.
+                    master = stack.enter_context(self._connect(token)).domain(master.uuid).domain
+                root = stack.enter_context(master_files(token, master, _TASKS))
+                if root is not None:
+                    left = TaskManager(TaskStore(root), self._undo).recover(token)
+            except NotAuthorized:
+                raise
+            except (Error, OSError) as error:
+                self._tell(f"no stored task was looked at: {error}")
         for task, why in sorted(left.items()):
             self._tell(f"task {task} is left: {why}")
 
     def _recover_domains(self, token: LeaseToken) -> None:
         with self._connect(token) as engine:
-            try:
-                reports = engine.recover()
-            except NotAuthorized:
-                raise
-            except (Error, OSError) as error:
-                self._tell(f"recovery ended early: {error}")
-                return
+            reports = engine.recover()
         for uuid, report in sorted(reports.items()):
-            if not report.clean:
-                self._tell(f"domain {uuid} needs a look: qpool check")
+            if report.error:
+                self._tell(f"nothing is recovered in {uuid}: {report.error}")
+            elif not report.clean:
+                self._tell(f"domain {uuid} needs a look: qpool domain check")
 
     # -- mailbox -------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from . import layout
 from .block_domain import BlockDomain
 from .errors import Illegal, InvalidName, LvmError, NotFound, UnsupportedVersion
 from .lease_records import SafeleaseTag, lockspace_area, resource_area, write_area
-from .lv_storage import open_logical_volume
+from .lv_storage import open_logical_volume, volume_device
 from .lvm import Lvm, Pv, VgState
 from .metadata_domain import BLOCK_TYPES, DomainMetadata, PvEntry, mapping_for, new_domain_values, pack_v1
 from .sealed import to_tags
@@ -187,27 +187,10 @@ def _write_areas(lvm: Lvm, state: VgState, view: DomainMetadata, ctime: int) -> 
 
 def _format_master(lvm: Lvm, runner: ProcessRunner, state: VgState) -> None:
     """Make the journalled file system on which a master domain keeps its tasks."""
-    name = state.vg.name
-    loop = None
-    if lvm.activation:
-        lvm.activate(name, ["master"])
-        device = f"/dev/{name}/master"
-    else:
-        place, *others = state.placements("master")
-        if others:
-            raise LvmError("the volume master has several segments, which need the device mapper", path=name)
-        window = ["--offset", str(place.offset), "--sizelimit", str(place.size)]
-        done = runner.run(["losetup", "--find", "--show", *window, place.device])
-        if done.returncode:
-            raise LvmError(f"losetup: {done.message()}", path=name, returncode=done.returncode)
-        device = loop = done.stdout.decode().strip()
-    try:
+    with volume_device(lvm, runner, state, "master") as device:
         done = runner.run(["mke2fs", "-q", "-F", "-j", "-E", "nodiscard", device], timeout_s=300.0)
         if done.returncode:
-            raise LvmError(f"mke2fs: {done.message()}", path=name, returncode=done.returncode)
-    finally:
-        if loop is not None:
-            runner.run(["losetup", "--detach", loop])
+            raise LvmError(f"mke2fs: {done.message()}", path=state.vg.name, returncode=done.returncode)
 
 
 def extend_block_domain(token: SpmToken, domain: BlockDomain, devices: Sequence[str], *, force: bool = False) -> None:

@@ -27,11 +27,11 @@ from .volume import recover_removals
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["DomainReport", "check_domain", "mend", "recover"]
+__all__ = ["DomainReport", "check_domain", "mend", "recover", "unread"]
 
 
 class DomainReport(NamedTuple):
-    """What a check of a domain found."""
+    """What a check of a domain found; *error* says why nothing could be looked at."""
 
     images: int
     volumes: int
@@ -39,11 +39,12 @@ class DomainReport(NamedTuple):
     leftovers: tuple[Leftover, ...]
     unfinished: dict[str, str]
     unmapped: tuple[str, ...] = ()
+    error: str = ""
 
     @property
     def clean(self) -> bool:
         """Whether nothing was found."""
-        return not (self.findings or self.leftovers or self.unfinished or self.unmapped)
+        return not (self.findings or self.leftovers or self.unfinished or self.unmapped or self.error)
 
     def to_dict(self) -> dict[str, object]:
         """Return it as a JSON document."""
@@ -55,6 +56,9 @@ class DomainReport(NamedTuple):
 
     def lines(self) -> Iterator[str]:
         """Say it for people; what has a rule with that rule."""
+        if self.error:
+            yield self.error
+            return
         yield f"{self.images} images, {self.volumes} volumes"
         for finding in self.findings:
             yield finding.line()
@@ -64,6 +68,11 @@ class DomainReport(NamedTuple):
             yield f"{name}: {note} was cut"
         for name in self.unmapped:
             yield f"{name}: a device that the keys of the domain do not name"
+
+
+def unread(error: Exception) -> DomainReport:
+    """Return the report of a domain that *error* kept from being looked at."""
+    return DomainReport(0, 0, (), (), {}, error=str(error))
 
 
 def check_domain(domain: Domain) -> DomainReport:

@@ -24,9 +24,9 @@ from qcowlib.runtime import SyncRuntime
 from . import block_group
 from . import metadata_domain as md
 from .block_domain import BlockDomain
-from .check import DomainReport
+from .check import DomainReport, unread
 from .embedded import FileToken
-from .errors import AlreadyExists, Illegal, InvalidName, NotFound, printable
+from .errors import AlreadyExists, Illegal, InvalidName, NotAuthorized, NotFound, printable
 from .file_domain import FileDomain, discover
 from .handles import AnyDomain, Context, EngineDomain
 from .ids import is_id, make_id
@@ -267,9 +267,28 @@ class Engine:
         return self._keep_pool(made)
 
     def recover(self) -> dict[str, DomainReport]:
-        """End or take back everything that was cut, in all domains; returns by UUID what is left."""
-        domains = self.domains()
-        return {domain.uuid: domain.mend() for domain in domains if domain.domain.metadata.domain_class != md.ISO}
+        """End or take back everything that was cut, in all domains; returns by UUID what is left.
+
+        One domain after the other: the report of one that cannot be opened or
+        mended has the ``error``, as has that of ``lvm`` where no volume group
+        could be looked for.  Raises: NotAuthorized.
+        """
+        reports: dict[str, DomainReport] = {}
+        uuids = set(self._places())
+        try:
+            uuids.update(BlockDomain.discover(self._lvm) if self._lvm is not None else ())
+        except (Error, OSError) as error:
+            reports["lvm"] = unread(error)
+        for uuid in sorted(uuids):
+            try:
+                domain = self.domain(uuid)
+                if domain.domain.metadata.domain_class != md.ISO:
+                    reports[uuid] = domain.mend()
+            except NotAuthorized:
+                raise
+            except (Error, OSError) as error:
+                reports[uuid] = unread(error)
+        return reports
 
     def close(self) -> None:
         """Close all domains and give the token back."""

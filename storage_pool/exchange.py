@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import qcowlib
-from qcowlib.errors import UnsupportedFeature
+from qcowlib.errors import Error, UnsupportedFeature
 from qcowlib.ondisk.header import Header
 from qcowlib.qcow2.check import check
 from qcowlib.units import round_up
@@ -28,7 +28,7 @@ from qcowlib.units import round_up
 from . import metadata_volume as mv
 from .copying import copy_disk
 from .domain import Domain
-from .errors import AlreadyExists, Illegal, NotFound, UnsupportedVersion
+from .errors import AlreadyExists, Illegal, NotAuthorized, NotFound, UnsupportedVersion
 from .ids import BLANK, make_id
 from .image_group import ImageGroup
 from .metadata_domain import BACKUP
@@ -120,8 +120,8 @@ def _refuse_present(target: Domain, image: str) -> None:
 def recover_moves(token: SpmToken, source: Domain, find: Callable[[str], Domain]) -> dict[str, str]:
     """End moves out of *source* that were cut; *find* opens a domain by UUID.
 
-    Returns by image ``moved``, ``taken back`` or, where its target is not to
-    be found, :data:`AWAY`: nothing is done to such a disk.
+    Returns by image ``moved``, ``taken back`` or, where its target cannot be
+    opened, :data:`AWAY`: nothing is done to such a disk.
     """
     source.refresh()
     # What is out of sight is moved, only its space is not given back yet.
@@ -135,7 +135,10 @@ def recover_moves(token: SpmToken, source: Domain, find: Callable[[str], Domain]
         left = sorted(v for v, e in entries.items() if e.images[:1] == (image,) and not (e.removed or e.initializing))
         try:
             target = find(note.removeprefix(_NOTE))
-        except NotFound:
+        except NotAuthorized:
+            raise
+        except (Error, OSError):
+            # Away or unreadable: nothing tells whether the copy arrived.
             ended[image] = AWAY
             continue
         if _arrived(token, target, leaf):

@@ -9,6 +9,7 @@ is opened.  Either way an offset is the same byte of the same device.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING
 from qcowlib.storage.file import FileStorage
 from qcowlib.storage.linear import LinearStorage, Segment
 
+from .errors import LvmError
 from .lvm import Lvm, VgState
 
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
 
-__all__ = ["catch_up", "open_logical_volume"]
+    from .process import ProcessRunner
+
+__all__ = ["catch_up", "open_logical_volume", "volume_device"]
 
 
 def open_logical_volume(lvm: Lvm, state: VgState, name: str, *, writable: bool = False) -> Storage:
@@ -89,3 +93,29 @@ def catch_up(lvm: Lvm, state: VgState, name: str, storage: Storage) -> None:
         for device in devices.values():
             device.close()
         raise
+
+
+@contextlib.contextmanager
+def volume_device(lvm: Lvm, runner: ProcessRunner, state: VgState, name: str) -> Iterator[str]:
+    """Give the path of a block device that is the volume *name*, for programs.
+
+    Without a device mapper it is a loop device, which goes at the end, or as
+    soon as nobody has it open then.  Raises: LvmError.
+    """
+    vg = state.vg.name
+    if lvm.activation:
+        lvm.activate(vg, [name])
+        yield f"/dev/{vg}/{name}"
+        return
+    place, *others = state.placements(name)
+    if others:
+        raise LvmError(f"the volume {name} has several segments, which need the device mapper", path=vg)
+    window = ["--offset", str(place.offset), "--sizelimit", str(place.size)]
+    done = runner.run(["losetup", "--find", "--show", *window, place.device])
+    if done.returncode:
+        raise LvmError(f"losetup: {done.message()}", path=vg, returncode=done.returncode)
+    loop = done.stdout.decode().strip()
+    try:
+        yield loop
+    finally:
+        runner.run(["losetup", "--detach", loop])

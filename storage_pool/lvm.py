@@ -291,6 +291,11 @@ class Lvm:
         """Whether volumes can be activated here."""
         return self._host.activation
 
+    @property
+    def runner(self) -> ProcessRunner:
+        """What runs the commands."""
+        return self._runner
+
     def _once(self, command: str, arguments: Sequence[str], devices: Sequence[str] | None, report: bool) -> Completed:
         argv = ["lvm", command, "--config", self._host.config(devices)]
         if not self._host.activation:
@@ -306,8 +311,8 @@ class Lvm:
     def _devices(self) -> Sequence[str] | None:
         return None if self._host.devices is None else list(self._host.devices())
 
-    def run(self, command: str, *arguments: str, report: bool = False) -> Completed:
-        """Run one LVM command whose arguments are safe.
+    def run(self, command: str, *arguments: str, report: bool = False, partial: bool = False) -> Completed:
+        """Run one LVM command whose arguments are safe; with *partial* a report need not be of everything.
 
         Raises: NoSpace when the group is full, LvmError for any other
         failure, after a second try where the list of devices has changed
@@ -318,7 +323,7 @@ class Lvm:
         if done.returncode and devices is not None and (wider := self._devices()) != devices:
             # Devices came or went since the list was made.
             done = self._once(command, arguments, wider, report)
-        if done.returncode:
+        if done.returncode and not (partial and done.report):
             text = _text(done.stderr)
             if any(words in text for words in _NO_SPACE):
                 raise NoSpace(f"lvm {command}: {_complaint(done)}")
@@ -329,7 +334,8 @@ class Lvm:
     # Reports
 
     def _report(self, *names: str) -> list[VgState]:
-        done = self.run("fullreport", *_REPORT_ARGUMENTS, *names, report=True)
+        # Of all groups those that can be read: a foreign one may be damaged, or vanish meanwhile.
+        done = self.run("fullreport", *_REPORT_ARGUMENTS, *names, report=True, partial=not names)
         try:
             document = json.loads(done.report or b'{"report": []}')
             return [_state(part) for part in document["report"] if part.get("vg")]
@@ -337,7 +343,7 @@ class Lvm:
             raise LvmError(f"lvm fullreport: unreadable answer ({printable(str(error))})") from error
 
     def groups(self) -> list[VgState]:
-        """Return all volume groups that have a UUID for a name; one command."""
+        """Return all volume groups that can be read and have a UUID for a name; one command."""
         return [state for state in self._report() if is_id(state.vg.name)]
 
     def group(self, name: str) -> VgState:

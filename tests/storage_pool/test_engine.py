@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 import storage_pool
-from qcowlib.errors import Busy
-from storage_pool.errors import AlreadyExists, Illegal, InvalidName, NoSpace, NotFound
+from qcowlib.errors import Busy, StorageError
+from storage_pool.errors import AlreadyExists, Illegal, InvalidName, NoSpace, NotAuthorized, NotFound
 from storage_pool.ids import make_id
+from storage_pool.lvm import Lvm, LvmHost
 from storage_pool.monitor import RecoveryPolicy
 from storage_pool.space import SpacePolicy
 from storage_pool.testing.killing import Killed, KillingDomain
 from storage_pool.testing.lvm import local_lvm, loop_devices
+from storage_pool.testing.process import ScriptedRunner, completed
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -218,6 +220,50 @@ def test_everything_that_was_cut_is_ended(engine, tmp_path):
         assert all(report.clean for report in left.values())
         disks = {disk.image: disk for domain in again.domains() for disk in domain.disks()}
         assert get(disks[moving.image]) == get(disks[merging.image]) == b"hello"
+
+
+def test_recovery_takes_domain_by_domain_and_tells_what_failed(engine, tmp_path):
+    """A damaged domain and a machine whose LVM fails keep no other domain from being mended."""
+    domains = sorted((engine.create_domain(name) for name in ("one", "two", "three")), key=lambda made: made.uuid)
+    broken, unread, good = domains
+    disk = good.create_disk(MIB)
+    engine._context.change(good.domain.set_note, disk.leaf, "remove")
+    assert not good.check().clean
+    for damaged in (broken, unread):
+        file = Path(damaged.domain.name) / "dom_md/metadata"
+        file.write_bytes(b"nonsense")
+    engine.close()
+    lvm = Lvm(ScriptedRunner(lambda argv: completed(argv, 5, stderr=b"  Volume group is not there\n")), LvmHost())
+    with storage_pool.connect(tmp_path, lvm=lvm) as again:
+        left = again.recover()
+        assert set(left) == {"lvm", broken.uuid, unread.uuid, good.uuid}
+        assert "Volume group is not there" in left["lvm"].error
+        assert all(left[name].error and not left[name].clean for name in (broken.uuid, unread.uuid))
+        assert list(left["lvm"].lines()) == [left["lvm"].error]
+        assert left[good.uuid].clean
+
+
+def test_a_domain_whose_mending_fails_is_told_and_the_next_is_mended(engine, monkeypatch):
+    first, second = sorted((engine.create_domain(name) for name in ("one", "two")), key=lambda made: made.uuid)
+
+    def sweep(self, token, leftovers):
+        if self is first.domain:
+            raise StorageError(5, path=self.uuid, operation="remove")
+
+    monkeypatch.setattr(type(first.domain), "sweep", sweep)
+    left = engine.recover()
+    assert "Input/output error" in left[first.uuid].error and left[second.uuid].clean
+
+
+def test_a_lost_right_ends_recovery(engine, monkeypatch):
+    domain = engine.create_domain("one")
+
+    def sweep(self, token, leftovers):
+        raise NotAuthorized("over")
+
+    monkeypatch.setattr(type(domain.domain), "sweep", sweep)
+    with pytest.raises(NotAuthorized):
+        engine.recover()
 
 
 def test_a_move_that_was_cut_is_ended_by_mending_the_domain_it_left(engine):

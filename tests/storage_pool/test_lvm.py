@@ -64,6 +64,24 @@ def test_a_group_is_one_report_whatever_its_number_of_volumes(lvm, group):
     assert [other.vg.name for other in lvm.groups()] == [group]
 
 
+class Vanishing:
+    """LVM that finds, after it made its list, that a group of it is gone."""
+
+    def __init__(self, group):
+        self.names = group, make_id()
+
+    def run(self, argv, **options):
+        return SystemRunner().run([*argv, *self.names], **options)
+
+
+@pytest.mark.real("lvm", "losetup")
+def test_a_foreign_group_that_vanishes_during_the_report_hides_no_other(tmp_path, devices, group):
+    late = local_lvm(tmp_path / "late", devices, Vanishing(group))
+    assert [state.vg.name for state in late.groups()] == [group]
+    with pytest.raises(NotFound):
+        late.group(make_id())
+
+
 @pytest.mark.real("lvm", "losetup")
 def test_bd12_extending_grows_over_devices_and_does_nothing_when_big_enough(lvm, devices, group):
     name = make_id()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qcowlib.driver import Bitmap, Extent, Snapshot
     from qcowlib.info import ImageInfo
     from qcowlib.inspection import Inspection, inspect
-    from qcowlib.jobs.backup import backup, measure_backup, restore
+    from qcowlib.jobs.backup import RestorePlan, backup, measure_backup, plan_restore, restore
     from qcowlib.jobs.backup_set import DiskBackup, DiskRestore, backup_set, finish_set, restore_set
     from qcowlib.jobs.commit import commit
     from qcowlib.jobs.compact import CompactPlan, compact, plan_compact
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qcowlib.jobs.merge_plan import MergePlan, MergeSource
     from qcowlib.jobs.rebase import flatten, rebase
     from qcowlib.jobs.salvage import Lost, Salvaged, salvage
-    from qcowlib.jobs.seal import Damage, Sealed, Verified, diff_seals, heal, seal, verify
+    from qcowlib.jobs.seal import Damage, Sealed, Verified, diff_seals, heal, plan_seal, plan_verify, seal, verify
     from qcowlib.luks import KeyChange
     from qcowlib.nbd.export import Export
     from qcowlib.nbd.server import NbdServer, serve
@@ -69,6 +69,7 @@ __all__ = [
     "Panel",
     "Picture",
     "Report",
+    "RestorePlan",
     "Salvaged",
     "Sealed",
     "Snapshot",
@@ -102,6 +103,9 @@ __all__ = [
     "plan_compact",
     "plan_merge",
     "plan_overlays",
+    "plan_restore",
+    "plan_seal",
+    "plan_verify",
     "qemu_like",
     "read_diff",
     "rebase",
@@ -142,6 +146,7 @@ _LATER = {
     "Panel": "picture.panels",
     "Picture": "picture.panels",
     "Report": "qcow2.check",
+    "RestorePlan": "jobs.backup",
     "Salvaged": "jobs.salvage",
     "Sealed": "jobs.seal",
     "Snapshot": "driver",
@@ -172,6 +177,9 @@ _LATER = {
     "plan_compact": "jobs.compact",
     "plan_merge": "jobs.merge",
     "plan_overlays": "jobs.many",
+    "plan_restore": "jobs.backup",
+    "plan_seal": "jobs.seal",
+    "plan_verify": "jobs.seal",
     "read_diff": "jobs.diff_stream",
     "rebase": "jobs.rebase",
     "restore": "jobs.backup",

@@ -16,10 +16,11 @@ from qcowlib.cli.opening import hint_text, open_image, references
 from qcowlib.cli.optlist import OptionList, create_help, create_table, help_wanted
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
-from qcowlib.errors import Error
+from qcowlib.errors import Error, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from qcowlib.cli.jsonout import Json
     from qcowlib.image import Image
 
 __all__ = ["COMMAND", "run"]
@@ -42,6 +43,7 @@ COMMAND = Command(
         Option("", "bitmap", "bitmap", "what this bitmap has recorded; several add up", meta="BITMAP", repeat=True),
         Option("", "list", "list", "print the changed ranges, and copy nothing"),
         Option("", "measure", "measure", "print how large the new file can become, and copy nothing"),
+        Option("", "plan", "plan", "say what would be copied and how large NEW-FILE can become; make none"),
         Option("b", "", "backing", "the backup before, stored as given", meta="BACKING"),
         Option("F", "", "backing-format", "format of that backup", meta="FMT"),
         Option("", "advance", "advance", "then let the bitmap start anew, for the next backup"),
@@ -70,7 +72,7 @@ def run(args: Args, console: Console) -> int:
         ref,
         console,
         secrets=secrets,
-        writable=args.flag("advance"),
+        writable=args.flag("advance") and not args.flag("plan"),
         force_share=args.flag("force-share"),
         cache=options.cache_mode(args, source=True),
     ) as image:
@@ -79,6 +81,8 @@ def run(args: Args, console: Console) -> int:
                 _list(image, bitmaps, console, as_json=as_json)
             elif args.flag("measure"):
                 _measure(image, bitmaps, values, console, as_json=as_json)
+            elif args.flag("plan"):
+                _plan(image, args, bitmaps, values, console, as_json=as_json)
             else:
                 _backup(image, args, bitmaps, values, console)
         except Error as error:
@@ -93,6 +97,8 @@ def _check(args: Args, bitmaps: list[str]) -> None:
         raise Failure("Need at least one --bitmap")
     if looks > 1:
         raise Failure("--list and --measure cannot be used together")
+    if looks and args.flag("plan"):
+        raise Failure("--plan is for copying, not for --list or --measure")
     if looks and (args.flag("advance") or args.flag("backing")):
         raise Failure("--advance and -b are for copying, not for --list or --measure")
     if len(args.operands) != (1 if looks else 2):
@@ -136,6 +142,25 @@ def _backup(image: Image, args: Args, bitmaps: list[str], values: OptionList, co
         console.out(pretty({"filename": target, "backing-filename": backing, "changed": changed, "advanced": advanced}))
     elif not quiet:
         console.out(f"{changed} bytes changed, now in {target}.\n")
+
+
+def _plan(image: Image, args: Args, bitmaps: list[str], values: OptionList, console: Console, *, as_json: bool) -> None:
+    """Say what the same line without ``--plan`` would do."""
+    from qcowlib.jobs.backup import changed_ranges, measure_backup
+    from qcowlib.jobs.creation import file_options
+
+    chosen = creation.job_options(values)
+    cluster = file_options(chosen, image.size).cluster_size
+    changed = sum(end - start for start, end in changed_ranges(image, bitmaps, cluster))
+    most = measure_backup(image, bitmaps, **chosen).required
+    target, backing, advance = args.operands[1], args.text("backing") or "", args.flag("advance")
+    if as_json:
+        found: dict[str, Json] = {"filename": target, "backing-filename": backing}
+        console.out(pretty({**found, "changed": changed, "required": most, "advances": bitmaps if advance else []}))
+        return
+    console.out(f"{changed} bytes changed, would be in {target}, at most {most} bytes long, over {backing}.\n")
+    if advance:
+        console.out(f"Would begin anew: {', '.join(map(printable, bitmaps))}\n")
 
 
 def _list(image: Image, bitmaps: list[str], console: Console, *, as_json: bool) -> None:

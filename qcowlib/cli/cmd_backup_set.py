@@ -21,6 +21,7 @@ from qcowlib.errors import Error, printable
 from qcowlib.units import human_size
 
 if TYPE_CHECKING:
+    from qcowlib.jobs.backup import RestorePlan
     from qcowlib.jobs.backup_set import DiskBackup, DiskRestore
 
 __all__ = ["COMMAND", "run"]
@@ -151,10 +152,20 @@ def _restore(args: Args, console: Console, *, as_json: bool) -> None:
 
     pairs = _pairs(args.operands[1])
     if args.flag("plan"):
+        planned = [(pair, _planned(pair)) for pair in pairs]
         if as_json:
-            console.out(pretty([{"increment": pair.increment, "target": pair.target} for pair in pairs]))
+            console.out(
+                pretty(
+                    [
+                        {"increment": pair.increment, "target": pair.target, "data": found.data, "zeros": found.zeros}
+                        for pair, found in planned
+                    ]
+                )
+            )
         else:
-            console.out("".join(f"{pair.increment} to {pair.target}\n" for pair in pairs))
+            console.out(
+                "".join(f"{pair.increment} to {pair.target}: {human_size(found.data)}\n" for pair, found in planned)
+            )
         return
     progress = _progress(args, console)
     progress.report(0)
@@ -173,6 +184,14 @@ def _restore(args: Args, console: Console, *, as_json: bool) -> None:
         console.out(pretty({"restored": len(pairs)}))
     elif not args.flag("quiet"):
         console.out(f"{len(pairs)} disks restored.\n")
+
+
+def _planned(pair: DiskRestore) -> RestorePlan:
+    from qcowlib.jobs.backup import plan_restore
+
+    return plan_restore(
+        pair.increment, pair.target, format=pair.format, target_format=pair.target_format, references=references()
+    )
 
 
 def _finish(args: Args, console: Console, *, as_json: bool) -> None:

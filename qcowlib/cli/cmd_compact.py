@@ -50,6 +50,8 @@ def run(args: Args, console: Console) -> int:
     progress = Progress(
         console, args.flag("progress") and not args.flag("quiet"), total=0, form=options.progress_form(args)
     )
+    if not only:
+        progress.report(0)
     try:
         done = (
             plan_compact(ref.path, zeros=zeros)

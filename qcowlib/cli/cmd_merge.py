@@ -79,6 +79,7 @@ def run(args: Args, console: Console) -> int:
             )
             console.out(pretty(_json(plan)) if as_json else _text(plan))
             return 0
+        progress.report(0)
         merge(
             ref.path,
             lowest=lowest,

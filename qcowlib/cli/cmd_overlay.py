@@ -16,6 +16,7 @@ from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.opening import references
 from qcowlib.cli.optlist import OptionList, create_table
 from qcowlib.cli.parser import Args, Command, Option
+from qcowlib.cli.progress import Progress
 from qcowlib.cli.values import size_option
 from qcowlib.errors import Error
 
@@ -36,6 +37,8 @@ COMMAND = Command(
     "NAME...",
     (
         options.HELP,
+        options.PROGRESS,
+        options.PROGRESS_FORM,
         options.QUIET,
         Option("b", "", "backing", "the image they stand on, as stored in each", meta="BACKING"),
         Option("F", "", "backing-format", "its format", meta="FMT"),
@@ -81,15 +84,23 @@ def run(args: Args, console: Console) -> int:
             **job_options(values),
         )
         if not only:
-            create_overlays(
-                backing,
-                plan.paths,
-                backing_format=backing_format,
-                size=plan.size,
-                references=references(),
-                workers=args.number("jobs"),
-                **job_options(values),
-            )
+            shown = args.flag("progress") and not args.flag("quiet")
+            progress = Progress(console, shown, form=options.progress_form(args))
+            progress.report(0)
+            try:
+                create_overlays(
+                    backing,
+                    plan.paths,
+                    backing_format=backing_format,
+                    size=plan.size,
+                    references=references(),
+                    workers=args.number("jobs"),
+                    progress=progress.report,
+                    **job_options(values),
+                )
+                progress.report(100)
+            finally:
+                progress.end()
     except Error as error:
         raise Failure(str(error), hint=f"{error.hint}\n" if error.hint else "") from None
     if as_json:

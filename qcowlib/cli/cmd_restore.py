@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``restore``: apply one increment of a backup to an image that holds the state before.
 
-Invariant: cut off, the command is finished by running it again.
+Invariant: cut off, the command is finished by running it again; with ``--plan``
+nothing is written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from qcowlib.cli.opening import hint_text, open_image
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
 from qcowlib.errors import Error
+from qcowlib.units import human_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qcowlib.cli.jsonout import Json
+    from qcowlib.image import Image
 
 __all__ = ["COMMAND", "run"]
 
@@ -32,6 +39,7 @@ COMMAND = Command(
         options.QUIET,
         options.FORMAT,
         Option("F", "", "format2", "format of the image to write to (default: probed)", meta="FMT"),
+        Option("", "plan", "plan", "only say how much would be written"),
         options.CACHE,
         options.SOURCE_CACHE,
         options.RATE,
@@ -53,11 +61,16 @@ def run(args: Args, console: Console) -> int:
         for name, fmt in zip(args.operands, ("format", "format2"), strict=True)
     ]
     caches = [options.cache_mode(args, source=True), options.cache_mode(args)]
+    plan = args.flag("plan")
     with (
         open_image(refs[0], console, secrets=secrets, backing=False, cache=caches[0]) as increment,
-        open_image(refs[1], console, secrets=secrets, writable=True, cache=caches[1]) as target,
+        open_image(refs[1], console, secrets=secrets, writable=not plan, cache=caches[1]) as target,
     ):
         from qcowlib.jobs.backup import restore
+
+        if plan:
+            _plan(increment, target, args.operands[1], console, as_json=as_json)
+            return 0
 
         size = increment.size
         progress = Progress(console, args.flag("progress") and not quiet, total=size, form=options.progress_form(args))
@@ -74,3 +87,18 @@ def run(args: Args, console: Console) -> int:
     elif not quiet:
         console.out("Increment restored.\n")
     return 0
+
+
+def _plan(increment: Image, target: Image, name: str, console: Console, *, as_json: bool) -> None:
+    from qcowlib.jobs.backup import plan_restore
+
+    try:
+        found = plan_restore(increment, target)
+    except Error as error:
+        raise Failure(str(error), hint=hint_text(error)) from None
+    if as_json:
+        sizes: dict[str, Json] = {"virtual-size": found.size, "virtual-size-before": found.size_before}
+        console.out(pretty({"filename": name, "data": found.data, "zeros": found.zeros, **sizes}))
+        return
+    resized = f", resized from {found.size_before} to {found.size} bytes" if found.size != found.size_before else ""
+    console.out(f"{human_size(found.data)} of data and {human_size(found.zeros)} of zeros to {name}{resized}\n")

@@ -58,7 +58,7 @@ COMMAND = Command(
 
 def run(args: Args, console: Console) -> int:
     """Run ``seal``."""
-    from qcowlib.jobs.seal import DEFAULT_UNIT, seal, seal_name
+    from qcowlib.jobs.seal import DEFAULT_UNIT, plan_seal, seal, seal_name
 
     ref = options.single_image(args)
     as_json = options.wants_json(args)
@@ -72,7 +72,10 @@ def run(args: Args, console: Console) -> int:
         snapshot=args.text("snapshot"),
     ) as image:
         if args.flag("plan"):
-            stored = sum(extent.length for extent in image.extents() if extent.kind in ("data", "compressed"))
+            try:
+                stored = plan_seal(image, target, bitmap=args.text("bitmap"))
+            except Error as error:
+                raise Failure(str(error), hint=hint_text(error)) from None
             if as_json:
                 console.out(pretty({"filename": ref.text, "seal": target, "read": stored}))
             else:

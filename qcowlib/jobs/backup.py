@@ -33,7 +33,7 @@ import heapq
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from qcowlib.driver import COMPRESSED, DATA, HOLE
 from qcowlib.errors import UsageError, printable
@@ -60,9 +60,18 @@ if TYPE_CHECKING:
     from qcowlib.opening import Source as OpenSource
     from qcowlib.storage.base import Storage
 
-__all__ = ["backup", "changed_ranges", "measure_backup", "restore"]
+__all__ = ["RestorePlan", "backup", "changed_ranges", "measure_backup", "plan_restore", "restore"]
 
 Bitmaps = str | Sequence[str]
+
+
+class RestorePlan(NamedTuple):
+    """What :func:`restore` does: guest bytes of *data* and of *zeros* that it writes, and the size before and after."""
+
+    data: int
+    zeros: int
+    size_before: int
+    size: int
 
 
 def backup(
@@ -158,13 +167,7 @@ def restore(
     """
     control = Control(progress=progress, cancel=cancel, rate=rate, workers=workers, memory=memory)
     with ExitStack() as stack:
-        if isinstance(increment, Image):
-            image = increment
-        else:
-            image = stack.enter_context(
-                open_image(increment, format=format, references=deny_all, cache=source_cache, backing=False)
-            )
-        _check_increment(image)
+        image = _increment(stack, increment, format, source_cache)
         if not isinstance(target, Image):
             opened = open_image(target, "r+", format=target_format, references=references, cache=cache)
             target = stack.enter_context(opened)
@@ -175,6 +178,38 @@ def restore(
         run_plan(_RestorePlan(image), Copier(sink, unit=0, keep_zeros=True), control)
         sink.finish()
     control.end()
+
+
+def plan_restore(
+    increment: OpenSource | Image,
+    target: OpenSource | Image,
+    *,
+    format: str | None = None,
+    target_format: str | None = None,
+    references: References = qemu_like,
+) -> RestorePlan:
+    """Return what :func:`restore` of the same arguments does; *target* is opened for reading only.
+
+    Raises: as :func:`restore`.
+    """
+    with ExitStack() as stack:
+        image = _increment(stack, increment, format, "writeback")
+        if not isinstance(target, Image):
+            target = stack.enter_context(open_image(target, format=target_format, references=references))
+        found = {COPY: 0, ZEROS: 0, BACKING: 0}
+        for runs in _RestorePlan(image)._runs():
+            for run in runs:
+                found[run.status] += run.length
+        return RestorePlan(found[COPY], found[ZEROS], target.size, image.size)
+
+
+def _increment(stack: ExitStack, increment: OpenSource | Image, format: str | None, cache: CacheMode) -> Image:
+    """Return the one layer that is to be applied, opened if it is not.  Raises: as :func:`restore`."""
+    image = increment
+    if not isinstance(image, Image):
+        image = stack.enter_context(open_image(image, format=format, references=deny_all, cache=cache, backing=False))
+    _check_increment(image)
+    return image
 
 
 def measure_backup(

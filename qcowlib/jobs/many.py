@@ -158,6 +158,7 @@ def create_overlays(
     size: int | None = None,
     references: References = qemu_like,
     workers: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     **options: Unpack[NewOptions],
 ) -> list[str]:
@@ -165,7 +166,8 @@ def create_overlays(
 
     The name of the backing file is stored as given, so the overlays belong in
     one folder, or the name is absolute.  It is opened once, for the first of
-    them.  *options* are :class:`~qcowlib.jobs.creation.NewOptions`.
+    them.  *options* are :class:`~qcowlib.jobs.creation.NewOptions`; *progress* is
+    called with how many are made and how many there will be.
 
     Raises: UsageError, before anything is made, for a name that exists or
     comes twice; any error of opening the backing file; Cancelled, StorageError,
@@ -186,9 +188,11 @@ def create_overlays(
         made.append(target)
 
     try:
-        for outcome in many(make, plan.paths, workers=workers, cancel=cancel):
+        for number, outcome in enumerate(many(make, plan.paths, workers=workers, cancel=cancel), 1):
             if outcome.error is not None:
                 raise outcome.error
+            if progress is not None:
+                progress(number, len(plan.paths))
     except BaseException:
         for target in made:
             with suppress(OSError):

@@ -115,15 +115,8 @@ def seal(
     with ExitStack() as stack:
         image = _open(stack, source, format, snapshot, references, cache, force_share, secret)
         old = None if bitmap is None else stack.enter_context(Seal(target))
-        if old is not None and bitmap is not None:
-            unit = old.unit
-            ranges = list(changed_ranges(image, bitmap, unit))
-            if old.size != image.size:
-                # What grew or went away is in no bitmap.
-                low = round_down(min(old.size, image.size), unit)
-                ranges = [(start, end) for start, end in ranges if end <= low] + [(low, image.size)]
-        else:
-            ranges = [(0, image.size)]
+        unit = unit if old is None else old.unit
+        ranges = _ranges(image, old, bitmap)
         writer = SealWriter(os.fspath(target), image.size, unit)
         try:
             made = _Sealing(image, ranges, unit, old, writer, control).run()
@@ -132,6 +125,44 @@ def seal(
             raise
     control.end()
     return made
+
+
+def plan_seal(
+    source: OpenSource | Image,
+    target: str | os.PathLike[str] | None = None,
+    *,
+    format: str | None = None,
+    snapshot: str | None = None,
+    bitmap: str | None = None,
+    references: References = qemu_like,
+    cache: CacheMode = "writeback",
+    force_share: bool = False,
+    secret: str | bytes | None = None,
+) -> int:
+    """Return how many guest bytes :func:`seal` of the same arguments reads and hashes; with *bitmap*, of *target*.
+
+    Raises: as :func:`seal`.
+    """
+    with ExitStack() as stack:
+        image = _open(stack, source, format, snapshot, references, cache, force_share, secret)
+        if bitmap is not None and target is None:
+            raise UsageError("a bitmap brings the seal of a file up to date: name it", path=image.path)
+        old = None if bitmap is None or target is None else stack.enter_context(Seal(target))
+        unit = DEFAULT_UNIT if old is None else old.unit
+        ranges = _ranges(image, old, bitmap)
+        return sum(high - low for start, end in ranges for low, high in _stored(image, start, end, unit))
+
+
+def _ranges(image: Image, old: Seal | None, bitmap: str | None) -> list[tuple[int, int]]:
+    """What has to be looked at, as (start, end) in whole units of the seal: everything, or what *bitmap* tells."""
+    if old is None or bitmap is None:
+        return [(0, image.size)]
+    ranges = changed_ranges(image, bitmap, old.unit)
+    if old.size == image.size:
+        return list(ranges)
+    # What grew or went away is in no bitmap.
+    low = round_down(min(old.size, image.size), old.unit)
+    return [*((start, min(end, low)) for start, end in ranges if start < low), (low, image.size)]
 
 
 def _open(
@@ -258,9 +289,12 @@ class _Sealing:
 
 
 class _Judge:
-    """Compares a disk with a seal, and mends it from *source* where there is one."""
+    """Compares a disk with a seal, and mends it from *source* where there is one, or with *dry* only counts that."""
 
-    def __init__(self, image: Image, sealed: Seal, source: Image | None, control: Control) -> None:
+    def __init__(
+        self, image: Image, sealed: Seal, source: Image | None, control: Control, *, dry: bool = False
+    ) -> None:
+        self.dry = dry
         self.image = image
         self.seal = sealed
         self.source = source
@@ -280,6 +314,10 @@ class _Judge:
             amount=self.control.total,
         )
         return Verified(tuple(self.damages), self.image.size, self.seal.size, self.read, self.healed)
+
+    def amount(self) -> int:
+        """Guest bytes that are looked at."""
+        return sum(end - start for start, end in self._todo())
 
     def _todo(self) -> Iterator[tuple[int, int]]:
         """Yield (start, end) of whole units that hold anything here or in the seal, each once, in order."""
@@ -355,9 +393,9 @@ class _Judge:
             return False
         if not self._is_good(data, damage.start):
             return False
-        if is_zero(data):
+        if not self.dry and is_zero(data):
             self.image.zero(damage.length, damage.start)
-        else:
+        elif not self.dry:
             self.image.pwrite(data, damage.start)
         self.healed += damage.length
         return True
@@ -401,6 +439,27 @@ def verify(
     return found
 
 
+def plan_verify(
+    source: OpenSource | Image,
+    sealed: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    snapshot: str | None = None,
+    references: References = qemu_like,
+    cache: CacheMode = "writeback",
+    force_share: bool = False,
+    secret: str | bytes | None = None,
+) -> int:
+    """Return how many guest bytes :func:`verify` of the same arguments reads: what the disk or the seal holds.
+
+    Raises: as :func:`verify`.
+    """
+    with ExitStack() as stack:
+        judged = stack.enter_context(Seal(sealed))
+        image = _open(stack, source, format, snapshot, references, cache, force_share, secret)
+        return _Judge(image, judged, None, Control()).amount()
+
+
 def heal(
     target: OpenSource | Image,
     source: OpenSource | Image,
@@ -416,22 +475,25 @@ def heal(
     rate: int | None = None,
     workers: int | None = None,
     memory: int = DEFAULT_MEMORY,
+    plan: bool = False,
 ) -> Verified:
     """Bring *target* to what was sealed, unit by unit from *source*; what is left is in the answer.
 
     It gets the sealed size.  So a copy that was cut off is finished, and a
     disk with silent damage is mended from a replica; units that are right
     already are not written.  A unit of *source* is used only if it has its hash.
+    With *plan* both are read and nothing is written: the answer is what would be
+    mended and what would be left, up to the end of the shorter of disk and seal.
     Raises: as :func:`verify`.
     """
     control = Control(progress=progress, cancel=cancel, rate=rate, workers=workers, memory=memory)
     with ExitStack() as stack:
         judged = stack.enter_context(Seal(sealed))
         other = _open(stack, source, source_format, None, references, cache, False, secret)
-        image = _open(stack, target, format, None, references, cache, False, secret, "r+")
-        if image.size != judged.size:
+        image = _open(stack, target, format, None, references, cache, False, secret, "r" if plan else "r+")
+        if not plan and image.size != judged.size:
             image.resize(judged.size, shrink=True)
-        found = _Judge(image, judged, other, control).run()
+        found = _Judge(image, judged, other, control, dry=plan).run()
         image.flush()
     control.end()
     return found

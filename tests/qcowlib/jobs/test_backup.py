@@ -71,6 +71,9 @@ def test_a_chain_of_increments_is_the_disk_of_each_day(tmp_path: Path, cluster_s
         assert allocated(target) <= changed + 2 * cluster_size * (changed // 4096 + 1)
         with qcowlib.open(target) as image:
             assert image.pread(len(model) + 1, 0) == bytes(model)
+        planned = qcowlib.plan_restore(target, tmp_path / "restored", target_format="raw")
+        assert planned.data + planned.zeros == allocated(target)
+        assert planned[2:] == ((tmp_path / "restored").stat().st_size, len(model))
         qcowlib.restore(target, tmp_path / "restored", target_format="raw")
         assert (tmp_path / "restored").read_bytes() == bytes(model)
         assert "No errors" in qemu_img("check", target).stdout

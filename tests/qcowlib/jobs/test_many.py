@@ -81,7 +81,9 @@ def test_overlays_are_the_images_that_create_makes() -> None:
     names = [f"o{number}" for number in range(50)]
     assert plan_overlays("base", names, backing_format="qcow2") == ("base", 3 << 20, names)
     assert not Path("o0").exists()
-    assert create_overlays("base", names, backing_format="qcow2", workers=4) == names
+    told: list[tuple[int, int]] = []
+    made = create_overlays("base", names, backing_format="qcow2", workers=4, progress=lambda *n: told.append(n))
+    assert made == names and told == [(number, len(names)) for number in range(1, len(names) + 1)]
     qcowlib.create("one", None, backing="base", backing_format="qcow2")
     assert all(Path(name).read_bytes() == Path("one").read_bytes() for name in names)
     assert "backing file: base" in qemu_img("info", "o7")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import qcowlib
 from qcowlib.jobs.diff import Change
-from qcowlib.jobs.seal import Damage, diff_seals, heal, seal, verify
+from qcowlib.jobs.seal import Damage, diff_seals, heal, plan_seal, plan_verify, seal, verify
 from qcowlib.jobs.seal_file import Seal, SealWriter
 from qcowlib.storage.memory import MemoryStorage
 
@@ -253,3 +253,53 @@ def test_empty_disk_has_an_empty_seal(tmp_path: Path) -> None:
     assert seal(tmp_path / "disk", tmp_path / "seal").hashes == 0
     assert verify(tmp_path / "disk", tmp_path / "seal")
     assert diff_seals(tmp_path / "seal", tmp_path / "seal") == []
+
+
+@pytest.mark.parametrize("size", [SIZE + 20 * UNIT, SIZE - 20 * UNIT + 512])
+def test_incremental_seal_has_what_changed_next_to_an_end_that_moved(tmp_path: Path, size: int) -> None:
+    path, target = tmp_path / "disk", tmp_path / "seal"
+    qcowlib.create(path, SIZE)
+    with qcowlib.open(path, "r+") as image:
+        image.pwrite(b"a" * SIZE, 0)
+        image.add_bitmap("b", UNIT)
+    seal(path, target)
+    with qcowlib.open(path, "r+") as image:
+        image.resize(size, shrink=True)
+    low = min(size, SIZE)
+    with qcowlib.open(path, "r+") as image:
+        # One run of changed units that reaches over the old end, or the new one.
+        image.pwrite(b"b" * (6 * UNIT + size - low), low - 6 * UNIT)
+    assert plan_seal(path, target, bitmap="b") < size
+    made = seal(path, target, bitmap="b")
+    assert made.digest == seal(path, tmp_path / "whole").digest and verify(path, target)
+
+
+def test_plans_say_what_is_read(disk: Path) -> None:
+    planned = plan_seal(disk)
+    assert seal(disk, f"{disk}.seal").read == planned
+    assert verify(disk, f"{disk}.seal").read == plan_verify(disk, f"{disk}.seal")
+    with qcowlib.open(disk, "r+") as image:
+        image.add_bitmap("b")
+        image.pwrite(b"x" * UNIT, 2 << 20)
+        image.zero(UNIT, 1 << 20)
+    planned = plan_seal(disk, f"{disk}.seal", bitmap="b")
+    # The unit of zeros is looked at in the map.
+    assert seal(disk, f"{disk}.seal", bitmap="b").read == planned == UNIT
+    with pytest.raises(qcowlib.UsageError):
+        plan_seal(disk, bitmap="b")
+
+
+def test_planned_mending_writes_nothing(disk: Path, tmp_path: Path) -> None:
+    replica = tmp_path / "replica"
+    qcowlib.convert(disk, replica)
+    seal(disk, f"{disk}.seal")
+    with qcowlib.open(disk, "r+") as image:
+        image.pwrite(b"bad", 1 << 20)
+        image.pwrite(b"bad", 2 << 20)
+    with qcowlib.open(replica, "r+") as image:
+        image.pwrite(b"worse", 2 << 20)
+    before = disk.read_bytes()
+    planned = heal(disk, replica, f"{disk}.seal", plan=True)
+    assert disk.read_bytes() == before
+    assert (planned.healed, units_of(planned.damages)) == (UNIT, {2 << 20})
+    assert heal(disk, replica, f"{disk}.seal") == planned

@@ -67,16 +67,30 @@ class References(Protocol):
 def parse_name(name: str, *, owner: str | None = None) -> FileName:
     """Return the path in a backing file name; ``json:`` may only name a file and its format.
 
+    The path is as seen from the folder of the image *owner* that holds the
+    name.  Source: qemu takes a relative path behind ``file:`` and in ``json:``
+    from the working directory.
     Raises: GateDenied for a protocol or any other option.
     """
     if name.startswith("json:"):
-        return _parse_json(name, owner)
+        found = _parse_json(name, owner)
+        return found._replace(path=_seen_from(owner, found.path))
     if name.startswith("file:"):
-        return FileName(name[5:])
+        path = name[5:]
+        # Source: so that what is left is not taken for a protocol either.
+        return FileName(_seen_from(owner, f"./{path}" if ":" in path.partition("/")[0] else path))
     head, colon, _ = name.partition(":")
     if colon and "/" not in head:
         raise GateDenied(f"'{printable(name)}' names a protocol, not a file", path=owner)
     return FileName(name)
+
+
+def _seen_from(owner: str | None, path: str) -> str:
+    """Return *path*, relative to the working directory, as seen from the folder of *owner*."""
+    home = os.path.dirname(owner or "")
+    if not home or not path or path.startswith("/") or os.path.realpath(home) == os.path.realpath(os.curdir):
+        return path
+    return os.path.abspath(path)  # noqa: PTH100
 
 
 def _parse_json(name: str, owner: str | None) -> FileName:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
-from qcowlib.cli import options
+from qcowlib.cli import creation, options
 from qcowlib.cli.console import Console, Failure, usage_failure
 from qcowlib.cli.jsonout import pretty
 from qcowlib.cli.names import image_ref
@@ -143,7 +143,7 @@ def _unsupported(fmt: str) -> Failure:
 
 def _help(fmt: str, console: Console) -> int:
     if fmt not in ("qcow2", "luks"):
-        raise _unsupported(fmt) if fmt in ("raw", "file") else Failure(f"Unknown file format '{fmt}'")
+        raise _unsupported(fmt) if fmt in creation.KNOWN_FORMATS else Failure(f"Unknown file format '{fmt}'")
     console.out(amend_help(fmt))
     return 0
 

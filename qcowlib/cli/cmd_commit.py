@@ -7,15 +7,22 @@ Invariant: nothing is written before the whole chain is open.
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
+
 from qcowlib.cli import options
 from qcowlib.cli.console import Console, Failure
 from qcowlib.cli.jsonout import pretty
-from qcowlib.cli.names import ImageRef
+from qcowlib.cli.names import ImageRef, has_protocol
 from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import hint_text, layer_secrets, open_image, references, tell_probed_raw
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
-from qcowlib.errors import Error
+from qcowlib.errors import Error, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qcowlib.image import Image
 
 __all__ = ["COMMAND", "run"]
 
@@ -50,12 +57,13 @@ def run(args: Args, console: Console) -> int:
     with open_image(ref, console, secrets=secrets) as image:
         tell_probed_raw(ref, image, console)
         size = image.size
+        base = _base_path(ref, image, args.text("base"))
     progress = Progress(
         console, args.flag("progress") and not args.flag("quiet"), total=size, form=options.progress_form(args)
     )
     progress.report(0)
     try:
-        _commit(ref, args, cache, layer_secrets(ref, secrets), progress)
+        _commit(ref, args, base, cache, layer_secrets(ref, secrets), progress)
         progress.report(100)
     finally:
         progress.end()
@@ -66,14 +74,35 @@ def run(args: Args, console: Console) -> int:
     return 0
 
 
-def _commit(ref: ImageRef, args: Args, cache: str, secret: list[bytes | None], progress: Progress) -> None:
+def _base_path(ref: ImageRef, image: Image, wanted: str | None) -> str | None:
+    """Return the path of the layer that ``-b`` names.  Raises :class:`Failure` if it is not in the chain.
+
+    Source: as qemu, a relative name is seen from the folder of the image above, a protocol's is compared as text.
+    """
+    if wanted is None:
+        return None
+    for above, below in pairwise(image.layers):
+        stored = os.fsdecode(getattr(above, "header").backing_file or b"")
+        if has_protocol(wanted) or has_protocol(stored):
+            found = wanted in (stored, below.storage.name)
+        else:
+            named = os.path.join(os.path.dirname(above.storage.name), wanted)
+            found = os.path.realpath(named) == os.path.realpath(below.storage.name)
+        if found:
+            return below.storage.name
+    raise Failure(f"Did not find '{printable(wanted)}' in the backing chain of '{ref.text}'")
+
+
+def _commit(
+    ref: ImageRef, args: Args, base: str | None, cache: str, secret: list[bytes | None], progress: Progress
+) -> None:
     from qcowlib.jobs.commit import commit
 
     try:
         commit(
             ref.path,
             format=ref.format,
-            base=args.text("base"),
+            base=base,
             empty=False if args.flag("keep") else None,
             references=references(ref),
             cache=cache,  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from qcowlib.cli.opening import hint_text, open_image, references
 from qcowlib.cli.optlist import OptionList, create_help, create_table, help_wanted
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
-from qcowlib.cli.values import parse_decimal, size_option, split_options
+from qcowlib.cli.values import parse_decimal, size_option
 from qcowlib.errors import Error, StorageError, printable
 
 TYPE_CHECKING = False
@@ -54,18 +54,6 @@ def _workers(text: str, _console: Console) -> int:
     return value
 
 
-def _snapshot(text: str, _console: Console) -> str:
-    """Return the id or name that ``snapshot.id=X,snapshot.name=Y`` or a bare text means."""
-    if not text.startswith("snapshot."):
-        return text
-    wanted = ""
-    for name, value in split_options(text):
-        if name not in ("snapshot.id", "snapshot.name"):
-            raise Failure(f"Invalid parameter '{name}'", f"Failed in parsing snapshot param '{text}'")
-        wanted = value or wanted
-    return wanted
-
-
 COMMAND = Command(
     "convert",
     "Copy images into a new image.",
@@ -92,7 +80,7 @@ COMMAND = Command(
         Option("B", "", "backing", "the new image is based on this one", meta="BACKING"),
         Option("F", "", "backing-format", "format of the backing file", meta="FMT"),
         options.list_option(),
-        Option("l", "", "snapshot", "copy this snapshot (id or name)", meta="SNAPSHOT", convert=_snapshot),
+        Option("l", "", "snapshot", "copy this snapshot (id or name)", meta="SNAPSHOT", convert=options.snapshot_name),
         Option("S", "", "sparse", "smallest run of zeros to leave out (4k)", meta="SIZE", convert=_sparse),
         options.RATE,
         Option("m", "", "workers", "how many work in parallel", meta="COUNT", convert=_workers),
@@ -111,7 +99,7 @@ def run(args: Args, console: Console) -> int:
     _check_flags(args)
     if help_wanted(lists):
         if not creation.can_create(fmt):
-            raise Failure(f"Unknown file format '{fmt}'")
+            raise creation.not_made(fmt)
         console.out(create_help(fmt, len(names) > 1))
         return 0
     if len(names) < 2:
@@ -242,7 +230,7 @@ class _Conversion:
         """Return the options of the new image."""
         args, fmt = self.args, self.fmt
         if not creation.can_create(fmt):
-            raise Failure(f"Unknown file format '{fmt}'")
+            raise creation.not_made(fmt)
         creation.protocol_path(self.target)
         values = OptionList(create_table(fmt))
         values.parse(args.texts("options"), self.console)

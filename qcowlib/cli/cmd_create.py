@@ -44,7 +44,7 @@ def run(args: Args, console: Console) -> int:
     lists = args.texts("options")
     if help_wanted(lists):
         if not creation.can_create(fmt):
-            raise Failure(f"Unknown file format '{fmt}'")
+            raise creation.not_made(fmt)
         if name is not None:
             creation.protocol_path(name)
         console.out(create_help(fmt, name is not None))
@@ -73,7 +73,7 @@ def run(args: Args, console: Console) -> int:
 def _request(args: Args, fmt: str, name: str, size: int | None, console: Console) -> creation.Request:
     """Return what to create, after all checks that come before the ``Formatting`` line."""
     if not creation.can_create(fmt):
-        raise Failure(f"Unknown file format '{fmt}'")
+        raise creation.not_made(fmt)
     path = creation.protocol_path(name)
     values = OptionList(create_table(fmt))
     values.parse(args.texts("options"), console)

@@ -60,7 +60,7 @@ def run(args: Args, console: Console) -> int:
     ref = image_ref(texts["if"], args.text("format"), image_opts=args.flag("image-opts"))
     with open_image(ref, console, secrets=secrets, force_share=args.flag("force-share")) as source:
         if not creation.can_create(fmt):
-            raise Failure("Unknown file format")
+            raise creation.not_made(fmt, "")
         block = numbers.get("bs", 512)
         end = source.size
         if "count" in numbers and numbers["count"] <= MAX_SIZE // block:

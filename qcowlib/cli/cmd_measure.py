@@ -51,7 +51,7 @@ COMMAND = Command(
         options.FORMAT,
         Option("O", "", "target-format", "format of the new image (default: raw)", meta="FMT"),
         options.list_option(),
-        Option("l", "", "snapshot", "the content of this snapshot", meta="SNAPSHOT"),
+        Option("l", "", "snapshot", "the content of this snapshot", meta="SNAPSHOT", convert=options.snapshot_name),
     ),
     "measure -O qcow2 disk.raw",
     getopt_style=True,
@@ -102,7 +102,7 @@ def _open(args: Args, name: str, secrets: Mapping[str, bytes], console: Console)
 
 def _measure(args: Args, fmt: str, source: int | Image, secrets: Mapping[str, bytes], console: Console) -> Measurement:
     if not creation.can_create(fmt):
-        raise Failure(f"Unknown file format '{fmt}'")
+        raise creation.not_made(fmt)
     if fmt == "file":
         raise Failure("Block driver 'file' does not support size measurement")
     values = OptionList(create_table(fmt))

@@ -65,7 +65,7 @@ def run(args: Args, console: Console) -> int:
     progress = Progress(console, shown, step=2.0, total=size, form=options.progress_form(args))
     progress.report(0)
     try:
-        _rebase(ref, args, cache, source_cache, layer_secrets(ref, secrets), progress)
+        _rebase(ref, args, console, cache, source_cache, layer_secrets(ref, secrets), progress)
         progress.report(100)
     finally:
         progress.end()
@@ -73,7 +73,13 @@ def run(args: Args, console: Console) -> int:
 
 
 def _rebase(
-    ref: ImageRef, args: Args, cache: str, source_cache: str, secret: list[bytes | None], progress: Progress
+    ref: ImageRef,
+    args: Args,
+    console: Console,
+    cache: str,
+    source_cache: str,
+    secret: list[bytes | None],
+    progress: Progress,
 ) -> None:
     from qcowlib.jobs.rebase import rebase
 
@@ -84,6 +90,7 @@ def _rebase(
             args.text("backing-format"),
             format=ref.format,
             unsafe=args.flag("unsafe"),
+            sparse=not console.prog.startswith("qemu-img"),
             references=references(ref),
             cache=cache,  # type: ignore[arg-type]
             source_cache=source_cache,  # type: ignore[arg-type]

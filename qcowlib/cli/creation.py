@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from qcowlib.cli.optlist import OptionList
 
-__all__ = ["UNKNOWN_SIZE", "Request", "can_create", "create", "job_options", "protocol_path", "resolve_backing"]
+__all__ = ["UNKNOWN_SIZE", "Request", "can_create", "create", "job_options", "not_made", "protocol_path", "resolve_backing"]
 
 _FORMAT_NAMES = (
     "blkdebug blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg file ftp "
@@ -64,6 +64,13 @@ class Request:
 def can_create(fmt: str) -> bool:
     """Return whether images of format *fmt* can be made."""
     return fmt in ("qcow2", "raw", "file", "luks")
+
+
+def not_made(fmt: str, unknown: str | None = None) -> Failure:
+    """Return the failure for a format that cannot be made; *unknown* is said of a name that is none."""
+    if fmt in KNOWN_FORMATS:
+        return Failure(f"Format driver '{fmt}' does not support image creation")
+    return Failure("Unknown file format" + (f" '{fmt}'" if unknown is None else unknown))
 
 
 def protocol_path(name: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Tree = dict[str, "Tree | Leaf"]
     Leaf = None | bool | int | str
 
-__all__ = ["FORMATS", "ImageRef", "Window", "image_ref", "known_format"]
+__all__ = ["FORMATS", "ImageRef", "Window", "has_protocol", "image_ref", "known_format"]
 
 FORMATS = ("qcow2", "raw")
 #: What an image can be opened as: a LUKS file reads as the raw image inside.
@@ -105,19 +105,25 @@ def image_ref(text: str, fmt: str | None, *, image_opts: bool = False, backing: 
     return ref
 
 
+def has_protocol(text: str) -> bool:
+    """Return whether *text* is more than a path: there is a colon before the first slash."""
+    head, colon, _ = text.partition(":")
+    return bool(head and colon) and "/" not in head
+
+
 def strip_protocol(text: str) -> str:
     """Return the path of a plain name.  Raises :class:`Failure` for protocols that are not ours."""
-    colon = text.find(":")
-    if colon <= 0 or "/" in text[:colon]:
+    if not has_protocol(text):
         if not text:
             raise _refused(text, "The 'file' block driver requires a file name")
         return text
-    protocol, path = text[:colon], text[colon + 1 :]
+    protocol, _, path = text.partition(":")
     if protocol not in _FILES:
         raise _refused(text, f"Unknown protocol '{protocol}'")
     if not path:
         raise _refused(text, "The 'file' block driver requires a file name")
-    return path
+    # Source: so that the path alone is not taken for a protocol either.
+    return f"./{path}" if has_protocol(path) else path
 
 
 def _refused(text: str, cause: str) -> Failure:
@@ -244,6 +250,8 @@ def _visible(node: Tree) -> Json:
         if isinstance(value, dict):
             if key == "file":
                 keep[key] = _visible({"driver": "file", **value} if "driver" not in value else value)
+            elif key == "encrypt":
+                keep.update((f"encrypt.{name}", item) for name, item in _leaves(value) if name != "format")
         elif key in ("driver", "filename", "offset", "size", "key-secret"):
             keep[key] = value
     return keep
@@ -310,8 +318,8 @@ def _format_options(ref: ImageRef, root: Tree) -> None:
     if isinstance(encrypt, dict):
         secret = encrypt.get("key-secret")
         ref.secret = secret if isinstance(secret, str) else None
-    if ref.format == "luks" and ref.secret is not None:
-        ref.shown = "json:" + compact(_visible(root))
+    if isinstance(encrypt, dict) and (ref.secret is not None or (ref.format != "luks" and set(encrypt) - {"format"})):
+        ref.shown = "json:" + compact(_visible({"driver": "qcow2", **root}))
     backing = root.get("backing")
     if isinstance(backing, dict):
         ref.backing = _backing(ref.text, backing)

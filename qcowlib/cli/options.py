@@ -10,7 +10,7 @@ from __future__ import annotations
 from qcowlib.cli.console import Failure, usage_failure
 from qcowlib.cli.names import ImageRef, image_ref
 from qcowlib.cli.parser import Args, Option
-from qcowlib.cli.values import check_list, size_option
+from qcowlib.cli.values import check_list, size_option, split_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ __all__ = [
     "progress_form",
     "reraise_snapshot",
     "single_image",
+    "snapshot_name",
     "wants_json",
 ]
 
@@ -106,6 +107,18 @@ def single_image(args: Args) -> ImageRef:
     if len(args.operands) != 1:
         raise usage_failure("Expecting one image file name")
     return image_ref(args.operands[0], args.text("format"), image_opts=args.flag("image-opts"))
+
+
+def snapshot_name(text: str, _console: Console) -> str:
+    """Return the id or name that ``snapshot.id=X,snapshot.name=Y`` or a bare text means.  Raises :class:`Failure`."""
+    if not text.startswith("snapshot."):
+        return text
+    wanted = ""
+    for name, value in split_options(text):
+        if name not in ("snapshot.id", "snapshot.name"):
+            raise Failure(f"Invalid parameter '{name}'", f"Failed in parsing snapshot param '{text}'")
+        wanted = value or wanted
+    return wanted
 
 
 def reraise_snapshot(failure: Failure, snapshot: str | None) -> None:

@@ -215,7 +215,7 @@ class _Part:
         from qcowlib.storage.imagelock import lock_image
 
         owner = self.owner(source)
-        name = parse_name(os.fsdecode(owner.header.backing_file or b"")).path
+        name = parse_name(os.fsdecode(owner.header.backing_file or b""), owner=owner.storage.name).path
         storage = self.references.open("backing", name, owner.storage.name, writable=True, cache=self.cache)
         try:
             if isinstance(storage, FileStorage):
@@ -260,7 +260,7 @@ def _measure(part: _Part, new: _New | None, source: Image, stack: ExitStack) -> 
             length = layer.size if is_block else source.size
             return layer.size, Measured(length, source.size, max(layer.size, source.size), (), tuple(lost))
         owner = part.owner(source)
-        name = parse_name(os.fsdecode(owner.header.backing_file or b"")).path
+        name = parse_name(os.fsdecode(owner.header.backing_file or b""), owner=owner.storage.name).path
         below = part.references.open("backing", name, owner.storage.name, writable=False, cache=part.cache)
         shadow = ShadowStorage(below, name=place.path)
         stack.callback(below.close)

@@ -48,6 +48,7 @@ def rebase(
     *,
     format: str | None = None,
     unsafe: bool = False,
+    sparse: bool = True,
     references: References = qemu_like,
     cache: CacheMode = "writeback",
     source_cache: CacheMode = "writeback",
@@ -62,6 +63,7 @@ def rebase(
 
     With *unsafe* only the header changes: for a backing file that was moved or
     that is known to have the same content.  Its format is not looked at then.
+    Without *sparse* zeros that the old backing file shows become data, as with qemu-img.
 
     Raises: UsageError, before anything is changed, also when the name does not
     fit; Busy; Cancelled; any error of opening; StorageError.
@@ -81,7 +83,7 @@ def rebase(
             raise UsageError(f"{stored.problem}: Operation not supported")
         _check_fits(top, stored)
         if not unsafe:
-            _copy_difference(image, stored, references, source_cache, control)
+            _copy_difference(image, stored, references, source_cache, control, sparse)
         image.flush()
         _publish(top, stored)
     control.end()
@@ -176,10 +178,13 @@ class _Piece(NamedTuple):
 
 
 def _copy_difference(
-    image: Image, stored: _Backing, references: References, cache: CacheMode, control: Control
+    image: Image, stored: _Backing, references: References, cache: CacheMode, control: Control, sparse: bool
 ) -> None:
+    # Source: qemu-img writes zeros as such only where the old backing file has ended.
+    below = image.layers[1].size if len(image.layers) > 1 else 0
+    zeros_from = 0 if sparse else below
     if stored.name is None:
-        _copy(image, None, control)
+        _copy(image, None, control, zeros_from)
         return
     try:
         path = resolve_name("backing", parse_name(stored.name, owner=image.path).path, image.path)
@@ -189,10 +194,10 @@ def _copy_difference(
         error.args = (error.message, *error.args[1:])
         raise
     with new:
-        _copy(image, new, control)
+        _copy(image, new, control, zeros_from)
 
 
-def _copy(image: Image, new: Image | None, control: Control) -> None:
+def _copy(image: Image, new: Image | None, control: Control, zeros_from: int) -> None:
     top = image.layers[0]
     unit, zero_unit = SECTOR, 0
     if isinstance(top, Qcow2Image):
@@ -220,7 +225,7 @@ def _copy(image: Image, new: Image | None, control: Control) -> None:
             data: list[tuple[int, memoryview]] = []
             for piece, at, view in found:
                 # Zeros must be stored: what reads as zeros now need not on the new backing file.
-                if piece.old is None and zero_unit and not (at | len(view)) % zero_unit:
+                if piece.old is None and zero_unit and at >= zeros_from and not (at | len(view)) % zero_unit:
                     image.zero(len(view), at)
                 else:
                     data.append((at, view))

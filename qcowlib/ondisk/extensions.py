@@ -150,11 +150,9 @@ def parse_backing_format(data: bytes, *, path: str | None) -> bytes:
 
 
 def parse_feature_names(data: bytes) -> tuple[FeatureName, ...]:
-    """Return the entries; a rest shorter than one entry is ignored."""
-    whole = len(data) // _FEATURE.size * _FEATURE.size
-    return tuple(
-        FeatureName(kind, bit, name.partition(b"\0")[0]) for kind, bit, name in _FEATURE.iter_unpack(data[:whole])
-    )
+    """Return the entries; the last may be cut short (source: qemu reads zeros behind the table)."""
+    whole = data + bytes(-len(data) % _FEATURE.size)
+    return tuple(FeatureName(kind, bit, name.partition(b"\0")[0]) for kind, bit, name in _FEATURE.iter_unpack(whole))
 
 
 def pack_feature_names(names: tuple[FeatureName, ...]) -> bytes:

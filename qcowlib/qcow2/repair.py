@@ -87,7 +87,6 @@ class _Repair:
         self._log = Log(limit)
         self._report = Report()
         self._header = read_header(storage, writable=True)
-        self._opened = False
 
     def run(self) -> Report:
         """Do it all; see the module for the order."""
@@ -105,6 +104,7 @@ class _Repair:
 
     def _mend(self, table: SnapshotTable) -> None:
         report = self._report
+        self._clear_autoclear()
         walk = self._first_walk(table)
         if not report.failure:
             walk = self._mend_refcounts(walk, table)
@@ -119,15 +119,15 @@ class _Repair:
 
     # -- writing -------------------------------------------------------------------
 
+    def _clear_autoclear(self) -> None:
+        """Drop unknown autoclear bits, durably, before the first write (I10), and as qemu also if there is none."""
+        header = self._header
+        if header.version >= 3 and header.autoclear_features & ~AUTOCLEAR_MASK:
+            header.autoclear_features &= AUTOCLEAR_MASK
+            self._storage.write(_AT_AUTOCLEAR, [header.autoclear_features.to_bytes(8, "big")])
+            self._storage.flush()
+
     def _write(self, offset: int, data: bytes | bytearray) -> None:
-        """Write metadata; unknown autoclear bits go, durably, before the first (I10)."""
-        if not self._opened:
-            self._opened = True
-            header = self._header
-            if header.version >= 3 and header.autoclear_features & ~AUTOCLEAR_MASK:
-                header.autoclear_features &= AUTOCLEAR_MASK
-                self._storage.write(_AT_AUTOCLEAR, [header.autoclear_features.to_bytes(8, "big")])
-                self._storage.flush()
         self._storage.write(offset, [data])
 
     def _publish(self, offset: int, data: bytes) -> None:

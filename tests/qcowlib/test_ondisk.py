@@ -123,6 +123,16 @@ def test_unknown_incompatible_features_are_named_from_the_image() -> None:
     )
 
 
+def test_a_name_at_the_cut_end_of_the_feature_table_counts() -> None:
+    entry = b"\0\x28short"
+    data = bytearray(bytes(header_bytes(incompatible_features=1 << 40)))
+    start = data.index(struct.pack(">I", od.EXT_FEATURE_NAMES))
+    data[start + 4 : start + 8] = struct.pack(">I", len(entry))
+    data[start + 8 : start + 24] = entry.ljust(16, b"\0")
+    with pytest.raises(UnsupportedFeature, match=r"feature\(s\): short$"):
+        Header.parse(bytes(data), len(data))
+
+
 def test_the_corrupt_bit_refuses_writing_but_not_repair() -> None:
     data = bytes(header_bytes(incompatible_features=od.INCOMPAT_CORRUPT))
     assert Header.parse(data, len(data)).is_corrupt

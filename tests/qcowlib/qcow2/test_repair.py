@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from qcowlib.errors import FormatError, ReadOnly, UsageError
 from qcowlib.ondisk import Header
 from qcowlib.qcow2.check import Report, check
+from qcowlib.qcow2.create import CreateOptions, create
 from qcowlib.qcow2.repair import repair
 from qcowlib.storage.file import FileStorage
 from qcowlib.storage.memory import MemoryStorage
@@ -251,6 +252,16 @@ def test_repair_says_what_qemu_img_says(case: Case, images: dict[str, corpus.Ima
     counts = json.loads(real.stdout)
     assert counts.get("leaks-fixed", 0) == report.leaks_fixed
     assert counts.get("corruptions-fixed", 0) == report.corruptions_fixed
+
+
+@pytest.mark.parametrize("level", ["leaks", "all"])
+def test_i10_unknown_autoclear_bits_go_also_when_nothing_is_wrong(level: Level) -> None:
+    storage = MemoryStorage()
+    create(storage, CreateOptions(size=1 << 20))
+    storage.write(88, [(1 << 63).to_bytes(8, "big")])
+    report = repair(storage, level)
+    assert not report.exit_status
+    assert storage.getvalue()[88:96] == bytes(8)
 
 
 @pytest.mark.real("qemu-img", "qemu-io")

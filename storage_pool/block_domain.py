@@ -193,7 +193,11 @@ class BlockDomain:
     def warnings(self) -> list[str]:
         """Return what is worth telling people about the group, each with its figure."""
         view = self.metadata
-        return group_warnings(self.state.vg) + (text_warnings(view.raw) if view.version == 0 else [])
+        found = group_warnings(self.state.vg) + (text_warnings(view.raw) if view.version == 0 else [])
+        twins = [
+            f"{device} says it is a device of the group too; only one of them is read" for device in self.state.twins
+        ]
+        return found + twins
 
     # Listing
 
@@ -225,9 +229,9 @@ class BlockDomain:
             if layout.TAG_INITIALIZING in lv.tags:
                 found[lv.name] = VolumeEntry(lv.name, (), None, initializing=True)
                 continue
-            slot = self._slot(lv)
+            others = [tag for tag in lv.tags if not tag.startswith(layout.TAG_SLOT)]
             try:
-                tags[lv.name] = layout.parse_volume_tags([*lv.tags, f"{layout.TAG_SLOT}{slot}"])
+                tags[lv.name] = layout.parse_volume_tags([*others, f"{layout.TAG_SLOT}{self._slot(lv)}"])
             except MetadataError:
                 # Such a volume is not ours to use; leftovers() tells of it.
                 continue
@@ -251,8 +255,10 @@ class BlockDomain:
 
     def occupied_slots(self) -> list[int]:
         """Return the slots that volumes have, removed ones too."""
-        slots = (self._slot(lv) for lv in self.state.lvs.values() if is_id(lv.name))
-        return sorted({slot for slot in slots if slot is not None})
+        volumes = [lv for lv in self.state.lvs.values() if is_id(lv.name)]
+        if self.metadata.version == 0:
+            return sorted({slot for lv in volumes if (slot := self._slot(lv)) is not None})
+        return sorted({slot for lv in volumes for slot in layout.slots_of(lv.tags)})
 
     def _entry(self, volume: str) -> VolumeEntry:
         self._with(volume)
@@ -282,10 +288,13 @@ class BlockDomain:
             storage.read_into(offset, [data])
         return bytes(data)
 
-    def read_records(self) -> dict[str, bytes]:
-        """Return the records of all volumes whose slot is in the volume ``metadata``; few reads for any number."""
-        slots = [(entry.slot, volume) for volume, entry in self.entries().items() if entry.slot is not None]
-        slots += [(told.slot, volume) for volume, told in self.strays().items() if told.slot is not None]
+    def read_records(self, *, strays: bool = False) -> dict[str, bytes]:
+        """Return the records of all volumes whose slot is in the volume ``metadata``; few reads for any number.
+
+        With *strays* those of :meth:`strays` too.
+        """
+        known = {**self.entries(), **(self.strays() if strays else {})}
+        slots = [(told.slot, volume) for volume, told in known.items() if told.slot is not None]
         found = {}
         with self.special("metadata") as storage:
             for start, size, members in layout.slot_runs(slots, self.metadata.version):
@@ -368,6 +377,8 @@ class BlockDomain:
 
     def lease_leader(self, volume: str) -> Leader | None:
         slot, alignment = self.slot_of(volume), self.metadata.alignment
+        if "leases" not in self.state.lvs:
+            raise MetadataError("there is no logical volume leases", path=self._name)
         offset = layout.lease_offset(slot, alignment)
         with self.special("leases") as storage:
             if offset + alignment > storage.size:

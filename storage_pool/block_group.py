@@ -75,10 +75,15 @@ def _check_devices(devices: Sequence[str]) -> None:
 def _entries(state: VgState, present: dict[int, PvEntry] | None = None) -> dict[int, PvEntry]:
     """Return the mapping with every device of the group: the metadata's first, others by name."""
     known = {entry.uuid for entry in (present or {}).values()}
-    first = state.lvs["metadata"].segments[0].device
+    first = _metadata_device(state)
     pvs = sorted(state.pvs.values(), key=lambda pv: (pv.name != first, pv.name))
     added = [(pv.guid, pv.uuid, pv.pe_count) for pv in pvs if pv.uuid not in known]
     return mapping_for(present or {}, added)
+
+
+def _metadata_device(state: VgState) -> str:
+    """Return the device on which the volume ``metadata`` begins.  Raises: NotFound."""
+    return next((segment.device for segment in state.lv("metadata").segments), "")
 
 
 def _mapping_values(entries: dict[int, PvEntry]) -> dict[str, str]:
@@ -235,7 +240,7 @@ def reduce_block_domain(token: SpmToken, domain: BlockDomain, device: str) -> No
     pv: Pv | None = state.pvs.get(device)
     if pv is None:
         raise NotFound("the device does not belong to the domain", path=device)
-    if pv.mda_used_count or state.lvs["metadata"].segments[0].device == device:
+    if pv.mda_used_count or _metadata_device(state) == device:
         raise Illegal("the device keeps the domain's metadata", path=device)
     if pv.pe_alloc_count:
         raise Illegal(f"{pv.pe_alloc_count} extents of the device are in use", path=device, hint="Move them first.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .block_domain import BlockDomain
 from .block_group import repair_mapping
 from .domain import Domain, Leftover, VolumeEntry
+from .errors import MetadataError
 from .exchange import recover_moves
 from .file_domain import FileDomain
 from .image_group import Finding, ImageGroup, findings, repair
@@ -21,6 +22,7 @@ from .lock_check import lock_findings, repair_locks
 from .merge import recover_merges
 from .merge_swap import recover_swaps
 from .metadata_domain import DATA
+from .metadata_volume import LEAF
 from .transfer import recover_copies
 from .volume import recover_removals
 
@@ -91,12 +93,32 @@ def check_domain(domain: Domain) -> DomainReport:
     if isinstance(domain, FileDomain | BlockDomain):
         found += lock_findings(domain)
     if isinstance(domain, BlockDomain):
-        known = {entry.uuid for entry in domain.metadata.pv_mapping.values()}
+        found = _believed(domain, found)
         found += _shared_slots(entries)
-        unmapped = [pv.name for pv in domain.state.pvs.values() if pv.uuid not in known]
+        try:
+            known = {entry.uuid for entry in domain.metadata.pv_mapping.values()}
+            unmapped = [pv.name for pv in domain.state.pvs.values() if pv.uuid not in known]
+        except MetadataError as error:
+            found.append(Finding(domain.uuid, error.message))
     return DomainReport(
         len(images), len(entries), tuple(found), tuple(domain.leftovers()), domain.notes(), tuple(unmapped)
     )
+
+
+def _believed(domain: BlockDomain, found: Sequence[Finding]) -> list[Finding]:
+    """Take the rule from findings that rest on a record of another, or on not seeing who stands on a volume."""
+    users: dict[int, list[str]] = {}
+    for volume, entry in domain.entries().items():
+        if entry.slot is not None:
+            users.setdefault(entry.slot, []).append(volume)
+    doubtful = {volume for volumes in users.values() if len(volumes) > 1 for volume in volumes}
+    strays = bool(domain.strays())
+    return [
+        finding._replace(repair="none", value="")
+        if finding.volume in doubtful or (strays and finding.repair == "set role" and finding.value == LEAF)
+        else finding
+        for finding in found
+    ]
 
 
 def _shared_slots(entries: Sequence[VolumeEntry]) -> list[Finding]:

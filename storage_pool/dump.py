@@ -125,7 +125,7 @@ def dump_block(domain: BlockDomain) -> Document:
     document = _common(domain)
     problems: Document = {}
     try:
-        records = domain.read_records()
+        records = domain.read_records(strays=True)
     except Error as error:
         records = {}
         problems["metadata"] = [str(error)]
@@ -207,12 +207,12 @@ def _slots(domain: BlockDomain) -> Document:
     for volume, entry in sorted(domain.entries().items()):
         if entry.slot is None:
             continue
-        tags = layout.parse_volume_tags([*domain.state.lv(volume).tags, f"{layout.TAG_SLOT}{entry.slot}"])
+        mark = layout.TAG_ZERO if entry.zeroing else layout.REMOVED_PREFIX if entry.removed else ""
         found[volume] = {
-            "image": tags.image_name,
+            "image": mark + entry.images[0],
             "lease_offset": layout.lease_offset(entry.slot, view.alignment),
             "metadata_offset": layout.slot_offset(entry.slot, view.version),
-            "parent": tags.parent,
+            "parent": entry.parent,
             "slot": entry.slot,
         }
     return found

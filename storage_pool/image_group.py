@@ -162,7 +162,9 @@ def findings(group: ImageGroup) -> list[Finding]:
             found.append(Finding(volume, _about_illegal(group, volume, record)))
         if record.voltype != SHARED:
             role = mv.INTERNAL if children_of(group.domain, volume) else mv.LEAF
-            if record.voltype != role:
+            # What stands on it may be one whose record cannot be read: it must not become writable.
+            unseen = role == mv.LEAF and bool(group.damaged)
+            if record.voltype != role and not unseen:
                 found.append(Finding(volume, f"the volume is {record.voltype}, it should be {role}", "set role", role))
         if record.parent == BLANK:
             continue

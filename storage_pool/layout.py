@@ -46,6 +46,7 @@ __all__ = [
     "removed_image",
     "slot_offset",
     "slot_runs",
+    "slots_of",
     "special_volumes",
     "twin_of",
     "volume_tags",
@@ -184,13 +185,15 @@ def volume_tags(slot: int, parent: str, image: str) -> list[str]:
 def parse_volume_tags(tags: Iterable[str]) -> VolumeTags:
     """Read the three tags among *tags*.
 
-    Raises: MetadataError naming the one that is missing or bad.
+    Raises: MetadataError naming the one that is missing or bad, or there twice.
     """
     found: dict[str, str] = {}
     for tag in tags:
         for prefix in (TAG_SLOT, TAG_PARENT, TAG_IMAGE):
             if tag.startswith(prefix):
-                found[prefix] = tag[len(prefix) :]
+                value = tag[len(prefix) :]
+                if found.setdefault(prefix, value) != value:
+                    raise MetadataError(f"the volume has two tags {prefix}")
     for prefix in (TAG_SLOT, TAG_PARENT, TAG_IMAGE):
         if prefix not in found:
             raise MetadataError(f"the volume has no tag {prefix}")
@@ -240,12 +243,16 @@ def slot_runs(slots: Iterable[tuple[int, str]], version: int) -> list[tuple[int,
     return runs
 
 
+def slots_of(tags: Iterable[str]) -> set[int]:
+    """Return all slots that *tags* name, whatever else is wrong with them."""
+    values = (tag[len(TAG_SLOT) :] for tag in tags if tag.startswith(TAG_SLOT))
+    return {int(value) for value in values if _SLOT.fullmatch(value)}
+
+
 def slot_of(tags: Iterable[str]) -> int | None:
-    """Return the slot named by *tags*, whatever else is wrong with them."""
-    for tag in tags:
-        if tag.startswith(TAG_SLOT) and _SLOT.fullmatch(tag[len(TAG_SLOT) :]):
-            return int(tag[len(TAG_SLOT) :])
-    return None
+    """Return the one slot that *tags* name; of two none is believed."""
+    slots = slots_of(tags)
+    return slots.pop() if len(slots) == 1 else None
 
 
 def check_note(note: str) -> str:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LVM by its command: typed rows out of one report, and the changes a domain makes.
 
-Invariant: every argument is checked or made here, nothing is parsed out of
-text meant for people, and one question about a volume group is one command
+Invariant: every argument is checked or made here, nothing but a warning is
+parsed out of text meant for people, and one question about a volume group is one command
 whatever its number of volumes.  Reports come on a descriptor of their own,
 for messages may stand in standard output.  Without device mapper nothing is
 activated, and what would need it (``pvmove``) is refused.
@@ -39,6 +39,7 @@ _PV_COLUMNS: Final = (
 )
 _LV_COLUMNS: Final = "lv_name,lv_uuid,lv_attr,lv_size,lv_tags,lv_health_status,lv_active_locally,lv_device_open"
 _SEG_COLUMNS: Final = "lv_name,segtype,seg_start,seg_size,seg_pe_ranges"
+_TWIN: Final = re.compile(r"Not using device (/dev/\S{1,200}) for PV (\S{38})\.")
 
 
 #: What LVM says when a group has no extents left, or no room for its own text.
@@ -54,6 +55,7 @@ _HINTS: Final = (
     ("by filter", "LVM sees only the devices that it was given; name this one too."),
     ("No device found", "LVM sees only the devices that it was given; name this one too."),
     ("Couldn't find device with uuid", "A device of the volume group is missing; look at the storage and its paths."),
+    ("Multiple VGs found", "Let LVM see the devices of one of these groups only."),
     ("in use", "Somebody on this host has the volume open."),
     ("signature", "The device holds something; say so explicitly if it may be lost."),
 )
@@ -167,11 +169,12 @@ class Placement(NamedTuple):
 
 
 class VgState(NamedTuple):
-    """A volume group with all its parts, of one report."""
+    """A volume group with all its parts, of one report; *twins* are devices that say they are one of *pvs* too."""
 
     vg: Vg
     pvs: Mapping[str, Pv]
     lvs: Mapping[str, Lv]
+    twins: tuple[str, ...] = ()
 
     def lv(self, name: str) -> Lv:
         """Return a volume.  Raises: NotFound."""
@@ -186,6 +189,11 @@ class VgState(NamedTuple):
         Raises: NotFound, LvmError for anything but linear segments on present devices.
         """
         lv = self.lv(name)
+        if any(segment.device.startswith("pvmove") for segment in lv.segments):
+            raise LvmError(f"logical volume {name} is being moved to another device", path=self.vg.name)
+        # The segments of a snapshot look linear; what they hold is not its bytes.
+        if not lv.attr.startswith("-"):
+            raise LvmError(f"logical volume {name} is not linear", path=self.vg.name)
         places = []
         end = 0
         for segment in lv.segments:
@@ -338,9 +346,12 @@ class Lvm:
         done = self.run("fullreport", *_REPORT_ARGUMENTS, *names, report=True, partial=not names)
         try:
             document = json.loads(done.report or b'{"report": []}')
-            return [_state(part) for part in document["report"] if part.get("vg")]
+            states = [_state(part) for part in document["report"] if part.get("vg")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LvmError(f"lvm fullreport: unreadable answer ({printable(str(error))})") from error
+        # No column of the report has them.
+        twins = [(match[1], match[2]) for match in _TWIN.finditer(_text(done.stderr))]
+        return [_with_twins(state, twins) for state in states] if twins else states
 
     def groups(self) -> list[VgState]:
         """Return all volume groups that can be read and have a UUID for a name; one command."""
@@ -495,6 +506,11 @@ _REPORT_ARGUMENTS: Final = (
 )
 
 
+def _with_twins(state: VgState, twins: Sequence[tuple[str, str]]) -> VgState:
+    own = {pv.uuid for pv in state.pvs.values()}
+    return state._replace(twins=tuple(sorted(device for device, uuid in twins if uuid in own)))
+
+
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
@@ -502,7 +518,7 @@ def _text(data: bytes) -> str:
 def _complaint(done: Completed) -> str:
     """Return what LVM said last that is no warning."""
     lines = [line.strip() for line in _text(done.stderr).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("WARNING:")]
+    lines = [line for line in lines if line and not line.startswith(("WARNING:", "Use --select"))]
     return printable(lines[-1]) if lines else f"exit status {done.returncode}"
 
 

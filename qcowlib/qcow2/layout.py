@@ -14,7 +14,7 @@ from qcowlib.native import count_refcounts, fill_entries
 from qcowlib.ondisk import COPIED, CryptoPointer, Header, l1_entries
 from qcowlib.ondisk.placement import Placement
 from qcowlib.storage.base import Storage
-from qcowlib.units import MiB, ceil_div, round_up
+from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class NewImage:
         header = self.header
         if self.storage.size:
             # Invariant: I11 (an older image in the same place stops being one first).
-            self.storage.zero(0, header.cluster_size)
+            self.storage.zero(0, SECTOR)
             self.storage.flush()
         header.l1_size = l1_entries(header.size, header.cluster_bits, header.extended_l2)
         if header.l1_size:
@@ -74,7 +74,7 @@ class NewImage:
         self.header.crypto = CryptoPointer(offset, len(blob))
 
     def finish(self, counted: dict[int, bytearray] | None = None) -> Header:
-        """Write L1 and refcounts, make all durable, then write the header.
+        """Write L1, refcounts and what the header has behind its first sector, make all durable, then write that.
 
         *counted* are refcount blocks that hold refcounts already, by table
         index.
@@ -85,11 +85,15 @@ class NewImage:
         writer = _RefcountWriter(storage, header, self.placement)
         writer.write_retired()
         writer.write(counted)
+        packed = header.pack()
+        # The name of a backing file may lie behind the first sector: a write of both could be torn between them.
+        if len(packed) > SECTOR:
+            storage.write(SECTOR, [packed[SECTOR:]])
         if self.tail > storage.size:
             storage.resize(self.tail)
         storage.flush()
         # Invariant: I11
-        storage.write(0, [header.pack()])
+        storage.write(0, [packed[:SECTOR]])
         storage.flush()
         return header
 

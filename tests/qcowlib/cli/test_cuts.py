@@ -78,6 +78,7 @@ def with_leaks(where: Path) -> None:
 
 
 TOP, MID, BASE = ("top.qcow2",), ("mid.qcow2", "top.qcow2"), ("base.qcow2",)
+NEW = ("new.qcow2",)
 CASES = [
     Case("snapshot -c new top.qcow2", TOP, "top.qcow2", with_snapshots),
     Case("snapshot -a s0 top.qcow2", TOP, "top.qcow2", with_snapshots),
@@ -95,6 +96,11 @@ CASES = [
     Case("bitmap --remove top.qcow2 b0", TOP, "top.qcow2", with_bitmaps),
     Case("check -q -r leaks base.qcow2", BASE, "base.qcow2", with_leaks),
     Case("compact top.qcow2", TOP, "top.qcow2", with_snapshots),
+    Case("merge --from mid.qcow2 top.qcow2", MID, "top.qcow2"),
+    Case("merge --from base.qcow2 --to mid.qcow2 top.qcow2", ("base.qcow2", "mid.qcow2", "top.qcow2"), "top.qcow2"),
+    Case("salvage top.qcow2 new.qcow2", NEW, "new.qcow2"),
+    Case("diff --overlay new.qcow2 -F qcow2 base.qcow2 top.qcow2", NEW, "new.qcow2"),
+    Case("overlay -b base.qcow2 -F qcow2 new.qcow2", NEW, "new.qcow2"),
     Case("create -q -f qcow2 -o preallocation=metadata new.qcow2 1M", ("new.qcow2",), "new.qcow2"),
     Case("convert -t writeback -O qcow2 top.qcow2 new.qcow2", ("new.qcow2",), "new.qcow2"),
 ]

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from qcowlib.errors import UsageError
 from qcowlib.ondisk import CRYPT_AES, CRYPT_LUKS, Header
 from qcowlib.qcow2.create import QCOW2_OPTIONS, RAW_OPTIONS, CreateOptions, Encryption, create, create_raw
+from qcowlib.qcow2.directories import read_header
 from qcowlib.storage.file import FileStorage
 from qcowlib.storage.memory import MemoryStorage
+from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
+from qcowlib.testing.recorder import OpLog
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -249,6 +252,23 @@ def test_i11_no_magic_until_everything_else_is_durable(old: bytes) -> None:
     assert storage.log[-3:] == [b"flush", b"header", b"flush"]
     assert b"QFI\xfb" not in storage.log[:-3]
     assert (storage.log[0] == b"flush") == bool(old)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("old", [b"", b"QFI\xfb" + bytes(200_000)])
+def test_i11_a_torn_write_of_the_header_is_no_image(old: bytes) -> None:
+    """Invariant: I11, also where the name of the backing file lies behind the first sector."""
+    storage, log = MemoryStorage(bytearray(old)), OpLog()
+    name = b"b" * 900
+    create(log.record(storage), CreateOptions(1 * MiB, backing_file=name, backing_format=b"qcow2"))
+
+    def judge(state: CrashState) -> list[Finding]:
+        content = MemoryStorage(state.images[0])
+        if content.getvalue()[:4] != b"QFI\xfb" or content.getvalue() == old:
+            return []
+        return [Finding("TORN", "the name")] * (read_header(content, writable=True).backing_file != name)
+
+    assert assert_crash_safe(log, judge, allow=()).distinct > 5
 
 
 def test_refused_options_leave_the_storage_alone() -> None:

@@ -139,6 +139,14 @@ def _check_flags(args: Args) -> None:
             raise Failure(message)
 
 
+def _has_bitmaps(image: Image | str) -> bool:
+    """Whether an open image can hold bitmaps: version 2 cannot."""
+    from qcowlib.qcow2.image import Qcow2Image
+
+    top = None if isinstance(image, str) else image.layers[0]
+    return isinstance(top, Qcow2Image) and top.header.version >= 3
+
+
 class _Conversion:
     """One conversion: opens the sources, checks the target, and has the job done."""
 
@@ -165,6 +173,13 @@ class _Conversion:
             values = self._values(len(sources))
             target = creation.protocol_path(self.target)
         write_cache = options.cache_mode(args, default="unsafe")
+        if args.flag("bitmaps"):
+            # Source: qemu-img finds out when the target is made; here nothing is left behind.
+            old = values.text("compat") in ("0.10", "v2") if values is not None else not _has_bitmaps(target)
+            if old or self.fmt != "qcow2":
+                raise Failure(f"Format driver '{self.fmt}' does not support bitmaps")
+            if not isinstance(target, str):
+                self._check_room(sources[0], target)
         try:
             self._convert(sources, target, values, write_cache, progress)
         except Error as error:
@@ -201,10 +216,8 @@ class _Conversion:
     def _check_bitmaps(self, sources: list[Image]) -> None:
         if len(sources) > 1:
             raise Failure("Copying bitmaps only possible with single source")
-        if sources[0].format != "qcow2":
+        if not _has_bitmaps(sources[0]):
             raise Failure("Source lacks bitmap support")
-        if self.fmt != "qcow2":
-            raise Failure(f"Format driver '{self.fmt}' does not support bitmaps")
         for bitmap in reversed(sources[0].bitmaps()):
             if bitmap.inconsistent and not self.args.flag("skip-broken-bitmaps"):
                 raise Failure(
@@ -212,15 +225,24 @@ class _Conversion:
                     hint="Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it\n",
                 )
 
+    def _check_room(self, source: Image, target: Image) -> None:
+        """Refuse an existing target that cannot have the bitmaps, in the words that qemu-img has for it afterwards."""
+        there = {bitmap.name for bitmap in target.bitmaps()}
+        for bitmap in reversed(source.bitmaps()):
+            name = printable(bitmap.name)
+            if not bitmap.inconsistent and bitmap.name in there:
+                raise Failure(f"Failed to create bitmap {name}: Bitmap already exists: {name}")
+            if not bitmap.inconsistent and source.size != target.size:
+                sizes = f"destination size is {target.size}, source size is {source.size}"
+                raise Failure(
+                    f"Failed to populate bitmap {name}: Bitmaps are of different sizes ({sizes}) and can't be merged"
+                )
+
     def _copy_bitmaps(self, source: Image, target: Image) -> None:
         """Copy all bitmaps.  Source: qemu-img sees them last first."""
-        there = {bitmap.name for bitmap in target.bitmaps()}
         for bitmap in reversed(source.bitmaps()):
             if bitmap.inconsistent:
                 self.console.warn(f"Skipping inconsistent bitmap '{printable(bitmap.name)}'")
-            elif bitmap.name in there:
-                name = printable(bitmap.name)
-                raise Failure(f"Failed to create bitmap {name}: Bitmap already exists: {name}")
         try:
             target.copy_bitmaps(source, skip_broken=True)
         except Error as error:

@@ -192,8 +192,8 @@ class _Reader:
             position = max(stop, position)
 
 
-Tracer = Callable[[int, list[Event]], None]
-"""Told the offset of a table and its events, when a repair traces."""
+Tracer = Callable[[int, list[Event]], "Finding | None"]
+"""Told the offset of a table and its events, when a repair traces; says why it repairs nothing."""
 
 
 class ReferenceWalk:
@@ -483,9 +483,11 @@ class ReferenceWalk:
                     counts.trace_table(self.reader.read(value, size), active)
                     events = counts.take_events()
                     guest = index * self.header.l2_entries * size
-                    self._log_events(log, events, f"L2 at {value:#x}", fixer is not None, guest)
-                    if fixer is not None:
-                        fixer(value, events)
+                    refused = None if fixer is None else fixer(value, events)
+                    fixed = fixer is not None and refused is None
+                    self._log_events(log, events, f"L2 at {value:#x}", fixed, guest)
+                    if refused is not None:
+                        log.add(refused)
                 else:
                     table = index * self.header.l2_entries * size - index * size
                     self._log_events(log, [event], owner, False, table)

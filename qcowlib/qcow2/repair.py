@@ -173,13 +173,13 @@ class _Repair:
         fixed = 0
         header = self._header
 
-        def fix(table: int, events: list[Event]) -> None:
+        def fix(table: int, events: list[Event]) -> Finding | None:
             nonlocal fixed
             broken = [index for code, index, _, _ in events if code == EVENT_PREALLOCATED_UNALIGNED]
             if broken and not self._owned(walk, table, walk.tables.weight_of(table)):
-                self._log.add(Finding("unaligned", "error", "ERROR: Overlap check failed", table))
+                # An unaligned table ends in what may be guest data; qemu writes there.
                 self._report.check_errors += len(broken)
-                return
+                return Finding("unaligned", "error", "ERROR: Overlap check failed", table)
             for index in broken:
                 place = table + index * header.l2_entry_size
                 entry = bytearray(header.l2_entry_size)
@@ -191,6 +191,7 @@ class _Repair:
                     entry[:] = ZERO.to_bytes(8, "big")
                 self._write(place, entry)
             fixed += len(broken)
+            return None
 
         walk.trace(self._log, fix)
         return fixed

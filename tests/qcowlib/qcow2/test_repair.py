@@ -286,6 +286,28 @@ def test_table_that_shares_its_cluster_is_not_written(images: dict[str, corpus.I
 
 
 @pytest.mark.real("qemu-img", "qemu-io")
+def test_unaligned_table_is_told_as_what_is_not_repaired(images: dict[str, corpus.Image], scratch: Path) -> None:
+    """Its last entries are guest data: qemu-img writes to them."""
+    data = bytearray(images["plain"].data)
+    found = places(data)
+    first = word(data, found.l2) & 0x00FF_FFFF_FFFF_FE00
+    put(data, first, 1 << 63 | 0x5200 | 1)
+    put(data, found.l1, word(data, found.l1) + first - found.l2 - 4096 + 512)
+    storage = MemoryStorage(bytearray(data))
+    report = repair(storage, "all")
+    said = [finding.message for finding in (*report.repairs, *report.findings)]
+    assert "ERROR offset=5200: Preallocated cluster is not properly aligned; L2 entry corrupted." in said
+    assert "ERROR: Overlap check failed" in said
+    assert not any(line.startswith("Repairing offset") for line in said)
+    assert report.exit_status == 2
+    assert storage.getvalue()[first : first + 4096] == data[first : first + 4096]
+    theirs = scratch / "unaligned.qcow2"
+    theirs.write_bytes(data)
+    real = corpus.qemu_check(theirs, repair="all")
+    assert real.returncode and theirs.read_bytes()[first : first + 4096] != data[first : first + 4096]
+
+
+@pytest.mark.real("qemu-img", "qemu-io")
 def test_overhanging_snapshots_are_dropped(images: dict[str, corpus.Image]) -> None:
     data = broken(images, Case("snapshots", too_many_snapshots, "all"))
     assert check(MemoryStorage(bytearray(data))).failure == errno.EFBIG

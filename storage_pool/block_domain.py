@@ -229,9 +229,9 @@ class BlockDomain:
             if layout.TAG_INITIALIZING in lv.tags:
                 found[lv.name] = VolumeEntry(lv.name, (), None, initializing=True)
                 continue
-            others = [tag for tag in lv.tags if not tag.startswith(layout.TAG_SLOT)]
+            besides = [tag for tag in lv.tags if not tag.startswith(layout.TAG_SLOT)]
             try:
-                tags[lv.name] = layout.parse_volume_tags([*others, f"{layout.TAG_SLOT}{self._slot(lv)}"])
+                tags[lv.name] = layout.parse_volume_tags([*besides, f"{layout.TAG_SLOT}{self._slot(lv)}"])
             except MetadataError:
                 # Such a volume is not ours to use; leftovers() tells of it.
                 continue
@@ -293,8 +293,9 @@ class BlockDomain:
 
         With *strays* those of :meth:`strays` too.
         """
-        known = {**self.entries(), **(self.strays() if strays else {})}
-        slots = [(told.slot, volume) for volume, told in known.items() if told.slot is not None]
+        slots = [(entry.slot, volume) for volume, entry in self.entries().items() if entry.slot is not None]
+        if strays:
+            slots += [(told.slot, volume) for volume, told in self.strays().items() if told.slot is not None]
         found = {}
         with self.special("metadata") as storage:
             for start, size, members in layout.slot_runs(slots, self.metadata.version):

@@ -18,7 +18,7 @@ from storage_pool.check import mend
 from storage_pool.cli.main import main
 from storage_pool.embedded import FileToken
 from storage_pool.errors import NotFound
-from storage_pool.ids import BLANK, make_id
+from storage_pool.ids import make_id
 from storage_pool.lease_records import lockspace_area, resource_area
 from storage_pool.process import SystemRunner
 from storage_pool.sealed import to_tags
@@ -286,7 +286,10 @@ TEXTS = {
     "a key that nobody knows": (lambda g: g.good.replace('"MDT_ROLE=', '"MDT_X&38&=y", "MDT_ROLE='), "seal"),
     "a mapping that is none": (lambda g: g.good.replace("pecount:", "pecount:x"), "seal"),
     "a mapping of words": (resealed(PV1="pv:x,uuid:y,pestart:z"), "not a physical volume mapping"),
-    "a mapping that lies": (resealed(PV1="pv:x,uuid:y,pestart:-7,pecount:99999999999,mapoffset:-1"), '"unmapped": [\n        "/dev/'),
+    "a mapping that lies": (
+        resealed(PV1="pv:x,uuid:y,pestart:-7,pecount:99999999999,mapoffset:-1"),
+        '"unmapped": [\n        "/dev/',
+    ),
     "numbers of devices beyond all": (
         resealed(PV99999="pv:x,uuid:y,pestart:0,pecount:1,mapoffset:1"),
         '"findings": []',

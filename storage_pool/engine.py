@@ -13,7 +13,7 @@ when it is closed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -134,6 +134,8 @@ class Engine:
 
         Raises: AlreadyExists, InvalidName, UnsupportedVersion, Illegal, LvmError.
         """
+        if domain_class not in _CLASSES:
+            raise Illegal(f"there is no class of domains '{printable(str(domain_class)[:40])}'")
         if version is None:
             version = md.LATEST_VERSION if domain_class == "data" else 0
         if devices is not None:
@@ -288,7 +290,17 @@ class Engine:
                 raise
             except (Error, OSError) as error:
                 reports[uuid] = unread(error)
+        self._repair_roles(uuid for uuid, report in reports.items() if not report.error)
         return reports
+
+    def _repair_roles(self, uuids: Iterable[str]) -> None:
+        """Of two masters of a pool, as a cut leaves them when the role moves, keep the one with the higher version."""
+        domains = [self.domain(uuid).domain for uuid in uuids]
+        for domain in domains:
+            for uuid in domain.metadata.pools if domain.metadata.role == md.MASTER else ():
+                master = find_master(uuid, domains)
+                if master is not None and master.metadata.master_version > domain.metadata.master_version:
+                    self._context.change(StoragePool.open(uuid, master).repair_role, domain)
 
     def close(self) -> None:
         """Close all domains and give the token back."""

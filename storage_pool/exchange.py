@@ -35,7 +35,7 @@ from .metadata_domain import BACKUP
 from .metadata_volume import COW, FAKE, RAW, SHARED, SPARSE
 from .sizes import PAGE, optimal_cow_size
 from .stream import PIECE, Progress, Readable, Received, Writable, read_piece, receive, send
-from .transfer import collapse, copy_image, recover_copies
+from .transfer import arriving, collapse, copy_image, recover_copies
 from .volume import (
     IMAGE_FORMATS,
     VolumeSpec,
@@ -353,7 +353,7 @@ def upload(
 
     The volume is ILLEGAL until size and checksum are right; a qcow2 file must
     stand alone (no backing or data file, no encryption) and be sound.
-    Nothing is left of an upload that fails.
+    Nothing is left of an upload that fails, nor, after recovery, of one that is cut.
 
     Raises: Illegal, IllegalSpec, UnsupportedVersion, FormatError, and what
     creation raises.
@@ -373,7 +373,7 @@ def upload(
         initial_size=round_up(size, PAGE) if domain.block and fmt == COW and kind == SPARSE else None,
         legality=mv.ILLEGAL,
     )
-    create_volume(token, domain, spec, ctime)
+    create_volume(token, domain, spec, ctime, note=arriving(spec.volume))
     try:
         with operation(token, domain, spec.volume):
             if content == "raw":
@@ -381,6 +381,7 @@ def upload(
             else:
                 done = _receive_file(domain, spec, stream, first, size, sha256, told)
             _give_back(token, domain, spec)
+        domain.set_note(token, spec.volume, None)
     except BaseException:
         remove_volumes(token, domain, spec.image, [spec.volume], force=True)
         raise

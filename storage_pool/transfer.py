@@ -29,9 +29,14 @@ from .volume import VolumeSpec, create_volume, open_image, operation
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["collapse", "copy_image", "make_template", "recover_copies"]
+__all__ = ["arriving", "collapse", "copy_image", "make_template", "recover_copies"]
 
 _NOTE: Final = "copy:"
+
+
+def arriving(leaf: str) -> str:
+    """Return the note of volumes that are filled from elsewhere and are worth nothing until *leaf* is LEGAL."""
+    return f"{_NOTE}{leaf}"
 
 
 def _copy_spec(
@@ -111,7 +116,7 @@ def copy_image(
             if parent != BLANK:
                 # A RAW base grew to whole extents, and a disk only grows upwards.
                 spec = spec._replace(capacity=max(spec.capacity, target.record(parent).capacity))
-            create_volume(token, target, spec, ctime, note=f"{_NOTE}{names[chain[0]]}")
+            create_volume(token, target, spec, ctime, note=arriving(names[chain[0]]))
             made.append(spec.volume)
             role = SHARED if record.voltype == SHARED else None
             with operation(token, target, spec.volume, role=role):
@@ -184,7 +189,7 @@ def collapse(
         initial_size=initial,
         legality=mv.ILLEGAL,
     )
-    create_volume(token, target, spec, ctime, note=f"{_NOTE}{volume}")
+    create_volume(token, target, spec, ctime, note=arriving(volume))
     try:
         with (
             operation(token, target, volume, role=role),
@@ -222,7 +227,7 @@ def make_template(
 
 
 def recover_copies(token: SpmToken, domain: Domain) -> list[str]:
-    """Remove copies into *domain* that were cut; returns the volumes that were removed."""
+    """Remove copies and uploads into *domain* that were cut; returns the volumes that were removed."""
     copies: dict[tuple[str, str], list[str]] = {}
     for volume, note in sorted(domain.notes().items()):
         if note.startswith(_NOTE):

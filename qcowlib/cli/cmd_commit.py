@@ -82,7 +82,7 @@ def _base_path(ref: ImageRef, image: Image, wanted: str | None) -> str | None:
     if wanted is None:
         return None
     for above, below in pairwise(image.layers):
-        stored = os.fsdecode(getattr(above, "header").backing_file or b"")
+        stored = os.fsdecode(above.header.backing_file or b"")
         if has_protocol(wanted) or has_protocol(stored):
             found = wanted in (stored, below.storage.name)
         else:

@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 
     from qcowlib.cli.optlist import OptionList
 
-__all__ = ["UNKNOWN_SIZE", "Request", "can_create", "create", "job_options", "not_made", "protocol_path", "resolve_backing"]
+__all__ = [
+    "UNKNOWN_SIZE",
+    "Request",
+    "can_create",
+    "create",
+    "job_options",
+    "not_made",
+    "protocol_path",
+    "resolve_backing",
+]
 
 _FORMAT_NAMES = (
     "blkdebug blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg file ftp "

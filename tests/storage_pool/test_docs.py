@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples of the documentation run."""
 
+import argparse
 import re
 
 import pytest
 
+from spm.cli.main import SUBJECTS
 from storage_pool import connect
 from storage_pool.check import check_domain
+from storage_pool.cli.main import make_parser
 from storage_pool.file_domain import FileDomain
 
 
@@ -33,6 +36,32 @@ def test_the_example_of_the_readme_is_short_and_runs(project_root, tmp_path, cap
     with connect(tmp_path) as engine:
         (pool,), (data,) = engine.pools(), engine.domains()
         assert pool.members == {data.uuid: "Active"}
+
+
+def verbs(parser):
+    subjects = next((one for one in parser._actions if isinstance(one, argparse._SubParsersAction)), None)
+    return {} if subjects is None else subjects.choices
+
+
+def test_the_table_of_commands_is_that_of_the_parser(project_root):
+    text = (project_root / "docs/storage_domains.md").read_text()
+    told = {
+        subject: set(words.split()) for subject, words in re.findall(r"^\| `(\w+)` \| `([a-z -]+)`", text, re.MULTILINE)
+    }
+    subjects = verbs(make_parser(SUBJECTS))
+    assert told == {name: set(verbs(parser)) for name, parser in subjects.items() if verbs(parser)}
+    assert {name for name, parser in subjects.items() if not verbs(parser)} == {"check", "demo"}
+
+
+def test_commands_of_the_guide_parse(project_root):
+    text = (project_root / "docs/guide/26-storage-pools.md").read_text()
+    commands = re.findall(r"^qpool (.+)$", text, re.MULTILINE)
+    assert len(commands) >= 12
+    for command in commands:
+        words = [
+            word.replace("$DOMAIN", "x").replace("$IMAGE", "y").replace("$VOLUME", "z") for word in command.split()
+        ]
+        assert make_parser(SUBJECTS).parse_args(words).run
 
 
 @pytest.mark.parametrize("name", ["Engine", "Disk", "connect"])

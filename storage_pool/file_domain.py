@@ -15,7 +15,7 @@ images is one set of files with links in each image directory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
@@ -81,6 +81,7 @@ class FileDomain:
         """Open the domain at *root*; use :meth:`open` or :meth:`create`."""
         self._root = root
         self._store = SealedStore(self._read_metadata, self._write_metadata)
+        self._still_allowed: Callable[[], None] = lambda: None
         self._listing: dict[str, list[str]] | None = None
         self._data_only: dict[str, str] = {}
         self._with_note: dict[str, str] = {}
@@ -271,7 +272,7 @@ class FileDomain:
         return "".join(f"{line}\n" for line in to_lines(values)).encode()
 
     def _write_metadata(self, new: Mapping[str, str], old: Mapping[str, str]) -> None:
-        self._root.replace(_METADATA, self._text(new))
+        self._root.replace(_METADATA, self._text(new), before=self._still_allowed)
 
     def refresh(self) -> None:
         self._store.invalidate()
@@ -281,6 +282,8 @@ class FileDomain:
     def change(self, token: SpmToken, changes: Mapping[str, str | None]) -> None:
         token.check()
         self._view = None
+        # Writing takes its time, and this process may be stopped meanwhile.
+        self._still_allowed = token.check
         self._store.update(changes)
         if "VERSION" in changes:
             self.refresh()
@@ -380,7 +383,7 @@ class FileDomain:
         data = record.to_bytes(self.metadata.version, overrides)
         own = self._where(volume) + _META
         token.check()
-        self._root.replace(own, data)
+        self._root.replace(own, data, before=token.check)
         for image in self.listing()[volume][1:]:
             # Replacing made a new file; the links in other images follow it.
             other = f"images/{image}/{volume}{_META}"
@@ -400,7 +403,8 @@ class FileDomain:
         token.check()
         self._root.make_directory(f"images/{image}", exist_ok=True)
         if note is not None:
-            self._root.replace(f"images/{image}/{volume}{_NOTE}", layout.check_note(note).encode())
+            path = f"images/{image}/{volume}{_NOTE}"
+            self._root.replace(path, layout.check_note(note).encode(), before=token.check)
             self._with_note[volume] = image
         self._root.create(f"images/{image}/{volume}", size=size, mode=_MODE)
         self._data_only[volume] = image
@@ -412,7 +416,7 @@ class FileDomain:
         if layout.has_volume_leases(view.version, view.type):
             self.make_lease(token, volume)
         token.check()
-        self._root.replace(path + _META, data)
+        self._root.replace(path + _META, data, before=token.check)
         self._listing = None
 
     def make_lease(self, token: SpmToken, volume: str) -> None:
@@ -506,7 +510,7 @@ class FileDomain:
             self._root.unlink(path + _NOTE, missing_ok=True)
             self._with_note.pop(volume, None)
         else:
-            self._root.replace(path + _NOTE, layout.check_note(note).encode())
+            self._root.replace(path + _NOTE, layout.check_note(note).encode(), before=token.check)
             self._with_note[volume] = path.split("/")[1]
 
     def set_notes(self, token: SpmToken, volumes: Sequence[str], note: str | None) -> None:

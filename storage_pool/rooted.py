@@ -15,10 +15,10 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from qcowlib.errors import GateDenied, StorageError
+from qcowlib.errors import Error, GateDenied, StorageError
 from qcowlib.storage.file import FileStorage, open_beneath
 
 from .errors import AlreadyExists, InvalidName, MetadataError, NotFound, printable
@@ -115,7 +115,7 @@ class Rooted:
                 fd = below
             yield fd
         except OSError as error:
-            if isinstance(error, StorageError | NotFound | AlreadyExists | GateDenied):
+            if isinstance(error, Error):
                 raise
             raise self._error(error, path, "access") from error
         finally:
@@ -205,12 +205,24 @@ class Rooted:
                 os.close(fd)
             os.fsync(parent)
 
-    def replace(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
-        """Put *data* in place of a file, new or old, so that a cut leaves one or the other."""
+    def replace(
+        self, path: str, data: bytes, *, mode: int = 0o644, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """Put *data* in place of a file, new or old, so that a cut leaves one or the other.
+
+        *before* is called when all is written, right before the file is
+        replaced; what it raises leaves the old one.  The new file never is
+        one that another host began: what that host writes late must not
+        arrive in ours.
+        """
         with self._parent(path) as (parent, name):
             new = f"{name}.new"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(new, flags, 0o600, dir_fd=parent)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                fd = os.open(new, flags, 0o600, dir_fd=parent)
+            except FileExistsError:
+                os.unlink(new, dir_fd=parent)
+                fd = os.open(new, flags, 0o600, dir_fd=parent)
             try:
                 self._own(fd)
                 os.fchmod(fd, mode)
@@ -220,6 +232,7 @@ class Rooted:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+            before()
             os.rename(new, name, src_dir_fd=parent, dst_dir_fd=parent)
             os.fsync(parent)
 

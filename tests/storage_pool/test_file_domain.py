@@ -4,6 +4,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,43 @@ def test_no_change_without_a_valid_token(make, token):
     ):
         with pytest.raises(NotAuthorized):
             call()
+
+
+class Stopped:
+    """A right that ends while its holder is stopped inside the call *name* of a change, and what others do meanwhile."""
+
+    def __init__(self, monkeypatch, name, meanwhile):
+        self.valid = True
+        self.meanwhile = meanwhile
+        self.real = getattr(os, name)
+        monkeypatch.setattr(os, name, self.stop)
+
+    epoch = 1
+
+    def check(self):
+        if not self.valid:
+            raise NotAuthorized("another host manages the pool")
+
+    def stop(self, *arguments, **words):
+        if self.valid:
+            self.valid = False
+            self.meanwhile()
+        return self.real(*arguments, **words)
+
+
+@pytest.mark.parametrize("call", ["open", "fchmod", "write", "fsync"])
+def test_s2_a_writer_stopped_inside_a_change_changes_nothing_after_another_began(make, token, monkeypatch, call):
+    domain = make()
+    other = FileDomain.open(domain.name)
+    # Already read, so that the next call is of the change itself.
+    assert domain.metadata.description == ""
+    stopped = Stopped(monkeypatch, call, lambda: other.change(token, {"DESCRIPTION": "of the next term"}))
+    with pytest.raises(NotAuthorized):
+        domain.change(stopped, {"DESCRIPTION": "late, and longer than what the other one wrote"})
+    assert FileDomain.open(domain.name).metadata.description == "of the next term"
+    other.change(token, {"DESCRIPTION": "and goes on"})
+    assert FileDomain.open(domain.name).metadata.description == "and goes on"
+    other.close()
 
 
 def test_a_changed_key_is_sealed_and_unknown_keys_stay(tmp_path, token):

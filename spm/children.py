@@ -4,8 +4,9 @@
 
 Invariant: S2 for programs that check no token.  Each is started with a valid
 token only; ends at the token's deadline by itself, even when this process is
-stopped; ends with this process, by the kernel; and holds the lease's
-connection, so that the lease is not free before it is gone.
+stopped, also between its last check and the start; ends with this process, by
+the kernel; and holds the lease's connection, so that the lease is not free
+before it is gone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,19 @@ from .lease_watch import LeaseToken
 __all__ = ["GuardedRunner"]
 
 _DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
+#: Runs a program until a moment, in hundredths of a second since boot; not at all after it.
+_UNTIL: Final = """\
+read -r now rest </proc/uptime
+left=$(($1 - ${now%.*}${now#*.}))
+[ "$left" -gt 0 ] || exit 137
+shift
+exec timeout --signal=KILL "$((left / 100)).$((left / 10 % 10))$((left % 10))" "$@"
+"""
+
+
+def _uptime_s() -> float:
+    with open("/proc/uptime", "rb") as file:
+        return float(file.read().split()[0])
 
 
 class GuardedRunner:
@@ -50,12 +64,14 @@ class GuardedRunner:
         timeout_s: float = 60.0,
     ) -> Completed:
         """See :class:`~storage_pool.process.ProcessRunner`.  Raises: LeaseLost, ProcessError."""
+        # Before the check: the end is counted from here, whatever happens until the program runs.
+        now_s = _uptime_s()
         self._token.check()
         left_s = min(timeout_s, self._token.watch.deadline_s - self._clock())
         if left_s <= 0:
             raise LeaseLost("the right to change ends now, no program was started")
         # "timeout" ends with us, and what it runs ends with it.
-        limit = ("timeout", "--signal=KILL", f"{left_s:.3f}")
+        limit = ("sh", "-c", _UNTIL, "sh", str(int((now_s + left_s) * 100)))
         bound = (*_DIE_WITH_PARENT, *limit, *_DIE_WITH_PARENT, *argv)
         done = self._inner.run(bound, env=env, report_variable=report_variable, timeout_s=left_s + 1.0)
         if not self._token.valid or done.returncode in (-9, 137):

@@ -4,6 +4,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -17,6 +18,7 @@ from spm.testing.leases import SimHost, SimLeases, SimSpace
 from spm.timing import LeaseTiming
 from storage_pool.errors import Illegal, ProcessError
 from storage_pool.leases import Lease, LeaseArea, LeaseOwner
+from storage_pool.process import SystemRunner
 
 TIMING = LeaseTiming(io_timeout_s=1.0)
 SDM = Lease("space", "SDM", LeaseArea("leases", 1 << 20))
@@ -233,6 +235,23 @@ def test_s2_helper_program_ends_at_the_deadline_by_itself(clock):
     clock.token.watch._progress_s = clock.token.watch._proved_s = clock.now_s
     with pytest.raises(ProcessError, match="was ended"):
         GuardedRunner(clock.token, lambda: clock.now_s, tuple).run(["sleep", "100"])
+
+
+def test_s2_helper_program_does_not_run_when_its_starter_was_stopped_past_the_deadline(clock, tmp_path):
+    """As a process is that is stopped after its last check, before the program runs."""
+
+    class Late(SystemRunner):
+        def run(self, argv, **words):
+            end_s = time.monotonic() + 0.3
+            while time.monotonic() < end_s:
+                pass
+            return super().run(argv, **words)
+
+    clock.now_s = clock.token.watch.deadline_s - 0.1
+    clock.token.watch._progress_s = clock.token.watch._proved_s = clock.now_s
+    with pytest.raises(ProcessError, match="was ended"):
+        GuardedRunner(clock.token, lambda: clock.now_s, tuple, Late).run(["touch", str(tmp_path / "late")])
+    assert not (tmp_path / "late").exists()
 
 
 def test_s2_helper_program_ends_with_the_process_that_started_it(tmp_path, project_root):

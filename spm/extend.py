@@ -145,6 +145,11 @@ class ExtensionClient:
         self.mailbox.stop()
         self._write()
 
+    def close(self) -> None:
+        """Close both volumes; nothing is written."""
+        self._inbox.close()
+        self._outbox.close()
+
     def _read(self) -> bytes:
         page = bytearray(BOX_SIZE)
         self._outbox.read_into(self.mailbox.offset, [page])

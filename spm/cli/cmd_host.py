@@ -249,8 +249,10 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
     monitors = Monitors(place.monitor, place.members, max(1.0, timing.io_timeout_s))
 
     def open_client(answered: Callable[[Reply], None]) -> ExtensionClient:
-        inbox, outbox = open_mailbox(place.open_master(), serving=False)
+        # The volumes stay open when the domain is closed.
+        with closing(place.open_master()) as master:
+            inbox, outbox = open_mailbox(master, serving=False)
         return ExtensionClient(arguments.host_id, inbox, outbox, answered)
 
-    loop = HostLoop(host, monitors, carry_out, Mailbox(open_client))
+    loop = HostLoop(host, monitors, carry_out, Mailbox(open_client, timing.gap_s))
     return run_host(loop, monitors, arguments.socket)

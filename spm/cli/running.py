@@ -42,6 +42,10 @@ class _Order(NamedTuple):
     answer: queue.Queue[Answer]
 
 
+def _clock() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def notify(text: str) -> None:
     """Tell systemd, where it started this process; nothing is lost where that fails."""
     path = os.environ.get("NOTIFY_SOCKET", "")
@@ -92,32 +96,65 @@ class Monitors:
 
 
 class Mailbox:
-    """This host's box: asks the manager to extend volumes; *open_client* gives its machine, with what hears answers."""
+    """This host's box: asks the manager to extend volumes; *open_client* gives its machine, with what hears answers.
 
-    def __init__(self, open_client: Callable[[Callable[[Reply], None]], ExtensionClient]) -> None:
+    Invariant: S1 for the box.  It is written only while the host id is this
+    host's, as was seen not longer ago than *fresh_s*; after that it may be
+    another's.
+    """
+
+    def __init__(self, open_client: Callable[[Callable[[Reply], None]], ExtensionClient], fresh_s: float) -> None:
         self._open = open_client
+        self._fresh_s = fresh_s
         self._client: ExtensionClient | None = None
         self._lock = threading.Condition()
         self._answers: dict[tuple[str, str], int] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        #: When the host id was last seen to be ours, ``None`` while it is not, and how often it was not.
+        self._seen_s: float | None = None
+        self._lost = 0
+
+    def seen(self, *, joined: bool) -> None:
+        """Take what was just seen of the lockspace; never waits, though the storage of the box may hang."""
+        self._seen_s = _clock() if joined else None
+        self._lost += not joined
+
+    def _ours(self) -> bool:
+        seen_s = self._seen_s
+        return seen_s is not None and _clock() - seen_s <= self._fresh_s
 
     def extend(self, request: ExtendRequest, limit_s: float) -> int:
-        """Ask, wait for the answer, and return it: a size in MiB, 0 for failure.  Raises: StorageError, UsageError."""
+        """Ask, wait for the answer, and return it: a size in MiB, 0 for failure.
+
+        Raises: StorageError; UsageError outside the lockspace, also when it is lost meanwhile.
+        """
         with self._lock:
             if self._stop.is_set():
                 raise UsageError("this host leaves the pool")
+            if not self._ours():
+                raise UsageError("this host is not in the lockspace")
             if self._client is None:
-                self._client = self._open(self._answered)
-                self._client.start()
+                client = self._open(self._answered)
+                try:
+                    client.start()
+                except BaseException:
+                    client.close()
+                    raise
+                self._client = client
                 self._thread = threading.Thread(
-                    target=self._exchange, args=(self._client,), name="mailbox", daemon=True
+                    target=self._exchange, args=(client, self._lost), name="mailbox", daemon=True
                 )
                 self._thread.start()
+            client = self._client
             key = request.domain, request.volume
             self._answers.pop(key, None)
-            self._client.post(request)
-            self._lock.wait_for(lambda: key in self._answers or self._stop.is_set(), limit_s)
+            client.post(request)
+            self._lock.wait_for(
+                lambda: key in self._answers or self._stop.is_set() or self._client is not client, limit_s
+            )
+            if key not in self._answers and self._client is not client and not self._stop.is_set():
+                raise UsageError("this host lost the lockspace, its requests with it")
             return self._answers.pop(key, 0)
 
     def stop(self, limit_s: float) -> bool:
@@ -138,13 +175,20 @@ class Mailbox:
         self._answers[reply.request.domain, reply.request.volume] = reply.size_mib
         self._lock.notify_all()
 
-    def _exchange(self, client: ExtensionClient) -> None:
-        while not self._stop.is_set():
+    def _exchange(self, client: ExtensionClient, lost: int) -> None:
+        # The next life of the host id begins a new life of the box.
+        while not self._stop.is_set() and self._lost == lost:
             with self._lock:
-                client.step(time.monotonic())
+                if self._ours():
+                    client.step(time.monotonic())
             self._stop.wait(_MAIL_S)
-        with self._lock, contextlib.suppress(Error, OSError):
-            client.stop()
+        with self._lock:
+            with contextlib.suppress(Error, OSError):
+                if self._ours():
+                    client.stop()
+            client.close()
+            self._client = None
+            self._lock.notify_all()
 
 
 class HostLoop:
@@ -171,6 +215,8 @@ class HostLoop:
         try:
             while True:
                 wait_s = self._host.step()
+                if self._mailbox is not None:
+                    self._mailbox.seen(joined=self._host.report.lockspace == "joined")
                 notify("WATCHDOG=1")
                 with contextlib.suppress(queue.Empty):
                     order = self._orders.get(timeout=max(wait_s, 0.001))
@@ -293,5 +339,4 @@ def run_host(loop: HostLoop, monitors: Monitors, socket_path: str | None) -> int
 
 def report_line(report: HostReport) -> dict[str, Any]:
     """Return *report* as one line of JSON tells it, with the wall clock and the one that goes on while asleep."""
-    boot = time.clock_gettime(time.CLOCK_BOOTTIME)
-    return {"time": round(time.time(), 6), "clock": round(boot, 6), **report._asdict()}
+    return {"time": round(time.time(), 6), "clock": round(_clock(), 6), **report._asdict()}

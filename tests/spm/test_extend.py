@@ -164,7 +164,8 @@ def test_mb09_thread_ends_when_stopped_and_who_waits_is_told(world, monkeypatch)
     sent, step = threading.Event(), world.client.step
     monkeypatch.setattr(world.client, "step", lambda now_s: step(now_s) and sent.set())
     before = set(threading.enumerate())
-    mailbox = Mailbox(lambda answered: world.client)
+    mailbox = Mailbox(lambda answered: world.client, 3600.0)
+    mailbox.seen(joined=True)
     (volume,) = world.volumes
     request = ExtendRequest(make_id(), volume, 2048)
     answers = []
@@ -185,4 +186,4 @@ def test_mb09_thread_ends_when_stopped_and_who_waits_is_told(world, monkeypatch)
 
 
 def test_mb09_box_that_was_never_used_has_nothing_to_stop():
-    assert Mailbox(lambda answered: None).stop(1.0)
+    assert Mailbox(lambda answered: None, 3600.0).stop(1.0)

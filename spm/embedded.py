@@ -26,8 +26,8 @@ from storage_pool.lease_records import parse_leader
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
 from .errors import LeaseError, LeaseHeld
+from .host_records import io_timeout_of
 from .proof import LeaseProof
-from .sanlock import io_timeout_of
 from .timing import LeaseTiming
 
 __all__ = ["EmbeddedLeases", "live_hosts"]

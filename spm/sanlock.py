@@ -22,17 +22,16 @@ import errno
 import os
 import re
 import select
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from qcowlib.errors import StorageError, printable
-from qcowlib.storage.file import FileStorage
+from qcowlib.errors import printable
 from storage_pool.errors import MetadataError
 from storage_pool.lease_records import Leader, SafeleaseTag, parse_leader, released
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
 from .errors import LeaseError, LeaseHeld, LeaseLost
+from .host_records import Damaged, RecordMender, read_sector
 from .proof import LeaseProof
 from .timing import LeaseTiming
 
@@ -40,6 +39,8 @@ __all__ = ["LibraryClient", "ModuleClient", "SanlockClient", "SanlockLeases", "m
 
 #: Errors of the daemon that mean "somebody else has it".
 _HELD: Final = frozenset((-243, -244, -245, -262, -errno.EEXIST, -errno.EBUSY, -errno.EAGAIN))
+#: And that a record is damaged.
+_DAMAGED: Final = range(-229, -222)
 _STATES: Final[dict[int, HostState]] = {1: "unknown", 2: "free", 3: "live", 4: "fail", 5: "dead"}
 _STATE_MASK: Final = 0xF
 _UNKNOWN: Final = 1
@@ -347,30 +348,26 @@ def make_client() -> SanlockClient:
     return ModuleClient(sanlock)
 
 
-def _read(area: LeaseArea, offset: int) -> bytes:
-    """Read a sector that other hosts write, around the page cache where the file allows."""
-    try:
-        storage = FileStorage.open(area.path, cache="none")
-    except StorageError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        storage = FileStorage.open(area.path)
-    try:
-        data = bytearray(512)
-        storage.read_into(area.offset + offset, [data])
-    finally:
-        storage.close()
-    return bytes(data)
-
-
 class SanlockLeases:
     """A :class:`~spm.proof.ProvingLeases` of one process on one daemon."""
 
-    def __init__(self, client: SanlockClient, timing: LeaseTiming, run_dir: str | None = None) -> None:
-        """*run_dir* is the daemon's; the library keeps the first one that a process uses."""
+    def __init__(
+        self,
+        client: SanlockClient,
+        timing: LeaseTiming,
+        run_dir: str | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """*run_dir* is the daemon's; the library keeps the first one that a process uses.
+
+        With *clock* (``CLOCK_BOOTTIME``, as the daemon has it) damaged records
+        of dead hosts are mended, see :mod:`.host_records`.
+        """
         self.client = client
         self.timing = timing
         self._run_dir = run_dir
+        self._clock = clock
+        self._mender = None if clock is None else RecordMender(timing, clock)
         self._connection = -1
         self._joined: dict[str, tuple[int, LeaseArea]] = {}
         self._held: set[Lease] = set()
@@ -424,8 +421,16 @@ class SanlockLeases:
             if not mine:
                 if error.code in _HELD:
                     raise LeaseHeld(f"host id {host_id} of {lockspace} is used by another host") from error
+                if error.code in _DAMAGED:
+                    self._mend_own(lockspace, host_id, area)
                 raise
         self._joined[lockspace] = host_id, area
+
+    def _mend_own(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
+        """This host cannot join: its own record may be what is damaged, of an earlier life."""
+        found = self._record(lockspace, area, host_id)
+        if self._mender is not None and isinstance(found, Damaged):
+            self._mender.look(found, host_id)
 
     def leave(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
         """See :class:`~storage_pool.leases.Leases`."""
@@ -463,7 +468,7 @@ class SanlockLeases:
         if lease.name != _POOL_LEASE or offset < 0:
             return
         try:
-            tag = SafeleaseTag.parse(_read(lease.area._replace(offset=offset), 0))
+            tag = SafeleaseTag.parse(read_sector(lease.area._replace(offset=offset), 0))
         except MetadataError:
             return
         if tag.host_id is not None:
@@ -519,7 +524,7 @@ class SanlockLeases:
         owner = self._stored(lease)
         if owner is None:
             return None
-        delta = self._delta(lease.lockspace, owner.host_id)
+        delta = self._delta(lease.lockspace, owner.host_id, owner.generation)
         gone = delta.owner_generation != owner.generation or not delta.timestamp
         return None if gone or self.host_state(lease.lockspace, owner.host_id) in ("free", "dead") else owner
 
@@ -535,7 +540,7 @@ class SanlockLeases:
         owner = self._stored(lease)
         if owner is None:
             return 0.0
-        delta = self._delta(lease.lockspace, owner.host_id)
+        delta = self._delta(lease.lockspace, owner.host_id, owner.generation)
         renewed = delta.owner_generation == owner.generation and delta.timestamp
         return 0.0 if renewed else self.timing.landing_s
 
@@ -550,31 +555,43 @@ class SanlockLeases:
             return None
         if leader.sector_size not in _SECTORS or leader.owner_id > _MAX_HOSTS:
             raise LeaseError(f"the record of the lease {lease.name} is damaged", path=lease.area.path)
-        if released(leader, _read(lease.area, (1 + leader.owner_id) * leader.sector_size)):
+        if released(leader, read_sector(lease.area, (1 + leader.owner_id) * leader.sector_size)):
             return None
         return LeaseOwner(leader.owner_id, leader.owner_generation, leader.version)
 
     def _leader(self, lease: Lease) -> Leader:
-        leader = parse_leader(_read(lease.area, 0))
+        leader = parse_leader(read_sector(lease.area, 0))
         if leader is None or not leader.valid or leader.lockspace:
             raise LeaseError(f"no lease {lease.name} at byte {lease.area.offset}", path=lease.area.path)
         if leader.resource_name != lease.name:
             raise LeaseError(f"the lease here is called {leader.resource_name!r}", path=lease.area.path)
         return leader
 
-    def _delta(self, lockspace: str, host_id: int) -> Leader:
-        """Return the record of a host id; its sector size is that of the first record."""
-        _, area = self._own(lockspace)
-        first = parse_leader(_read(area, 0))
+    def _delta(self, lockspace: str, host_id: int, generation: int = 0) -> Leader:
+        """Return the record of a host id; *generation* is the last one that a lease names."""
+        own, area = self._own(lockspace)
+        found = self._record(lockspace, area, host_id, generation)
+        if isinstance(found, Leader):
+            return found
+        told = f"the record of host id {host_id} is damaged"
+        if self._mender is not None and own != host_id and self._renews(lockspace, area, own):
+            told += ", it was mended" if self._mender.look(found, own) else ", it is mended when its host must be dead"
+        raise LeaseError(told, path=area.path)
+
+    def _record(self, lockspace: str, area: LeaseArea, host_id: int, generation: int = 0) -> Leader | Damaged:
+        """Read the record of a host id; its sector size is that of the first record."""
+        read_s = 0.0 if self._clock is None else self._clock()
+        first = parse_leader(read_sector(area, 0))
         if first is None or first.sector_size not in _SECTORS:
             raise LeaseError("no lockspace here", path=area.path)
-        record = parse_leader(_read(area, (host_id - 1) * first.sector_size))
-        if record is None or not record.valid:
-            raise LeaseError(f"the record of host id {host_id} is damaged", path=area.path)
-        return record
+        data = read_sector(area, (host_id - 1) * first.sector_size)
+        record = parse_leader(data)
+        if record is not None and record.valid:
+            return record
+        return Damaged(lockspace, host_id, area, first.sector_size, first.alignment, data, read_s, generation)
 
-
-def io_timeout_of(record: bytes) -> int:
-    """Return the I/O timeout, in seconds, that a record of a lockspace tells; 10 where it tells none."""
-    (timeout,) = struct.unpack_from("<H", record, 174)
-    return timeout or 10
+    def _renews(self, lockspace: str, area: LeaseArea, own: int) -> bool:
+        """Whether this host's own record is good and fresh: it sees storage as it is."""
+        record = self._record(lockspace, area, own)
+        now_s = 0.0 if self._clock is None else self._clock()
+        return isinstance(record, Leader) and now_s - record.timestamp < self.timing.deadline_s

@@ -47,6 +47,7 @@ __all__ = [
     "SafeleaseTag",
     "crc32c",
     "leader_trouble",
+    "left_host_record",
     "lockspace_area",
     "parse_leader",
     "read_leader",
@@ -130,9 +131,10 @@ def _leader(
     hosts: tuple[int, int],
     names: tuple[str, str],
     timeout_s: int,
+    owner: tuple[int, int] = (0, 0),
 ) -> bytes:
     head = _LEADER.pack(
-        magic, version, _ALIGN_FLAGS[alignment], block_size, *hosts, 0, 0, 0, _name(names[0]), _name(names[1]), 0
+        magic, version, _ALIGN_FLAGS[alignment], block_size, *hosts, *owner, 0, _name(names[0]), _name(names[1]), 0
     )
     head = head.ljust(_CHECKED, b"\0")
     return head + struct.pack("<IHH", crc32c(head), 0, timeout_s)
@@ -145,6 +147,15 @@ def lockspace_area(
     hosts = max_hosts(block_size, alignment)
     record = _leader(LOCKSPACE_MAGIC, _LOCKSPACE_VERSION, block_size, alignment, (0, 1), (name, ""), io_timeout_s)
     return (record.ljust(block_size, b"\0") * hosts).ljust(alignment, b"\0")
+
+
+def left_host_record(
+    lockspace: str, host_id: int, generation: int, *, block_size: int, alignment: int, io_timeout_s: int
+) -> bytes:
+    """Return the sector of a host id whose host left the lockspace after *generation*."""
+    names, owner = (lockspace, ""), (host_id, generation)
+    record = _leader(LOCKSPACE_MAGIC, _LOCKSPACE_VERSION, block_size, alignment, (0, 1), names, io_timeout_s, owner)
+    return record.ljust(block_size, b"\0")
 
 
 def resource_area(lockspace: str, name: str, *, block_size: int = 512, alignment: int = MiB) -> bytes:

@@ -31,6 +31,7 @@ PROGRAMS = (
     "sanlock",
     "mke2fs",
     "losetup",
+    "bindfs",
     "chromium",
     "strace",
 )

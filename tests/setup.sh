@@ -6,7 +6,7 @@
 # Each step keeps a stamp of what it was made from and is left out while that is unchanged.
 
 # What the tests and the demo compare with; the library itself needs none of it.
-DEBIAN_PACKAGES="qemu-utils qemu-system-x86 lvm2 sanlock nbdkit libnbd-bin python3-libnbd fio openssl e2fsprogs procps chromium strace"
+DEBIAN_PACKAGES="qemu-utils qemu-system-x86 lvm2 sanlock nbdkit libnbd-bin python3-libnbd fio openssl e2fsprogs procps bindfs chromium strace"
 
 stamp_of() { cat "$@" | cksum; }
 

@@ -137,7 +137,7 @@ def lease_manager(
             raise UsageError(
                 f"a domain {what} has no leases of sanlock, only local ones are possible", path=master.name
             )
-        sanlock = SanlockLeases(make_client(), timing, run_dir)
+        sanlock = SanlockLeases(make_client(), timing, run_dir, clock)
         return sanlock, lambda: [sanlock.fileno()]
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)  # noqa: PTH103

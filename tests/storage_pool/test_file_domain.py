@@ -265,7 +265,7 @@ def test_no_change_without_a_valid_token(make, token):
 
 
 class Stopped:
-    """A right that ends while its holder is stopped inside the call *name* of a change, and what others do meanwhile."""
+    """A right that ends while its holder is stopped inside the call *name*, and what others do meanwhile."""
 
     def __init__(self, monkeypatch, name, meanwhile):
         self.valid = True

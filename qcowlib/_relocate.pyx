@@ -12,10 +12,15 @@ DATA_CLUSTER = 1
 TABLE_CLUSTER = 2
 BLOCK_CLUSTER = 3
 FIXED = 4
+PACKED = 7
+LINKED = 8
 
 cdef enum:
     C_FREE = 0
     C_DATA = 1
+    C_FIXED = 4
+    C_PACKED = 7
+    C_LINKED = 8
 
 cdef inline uint64_t _get(const uint8_t *p) noexcept nogil:
     cdef uint64_t value = 0
@@ -40,40 +45,63 @@ cdef extern from *:
     const uint64_t MASK "RELOCATE_MASK"
 
 
-def mark_table(uint8_t[::1] kinds not None, const uint8_t[::1] table not None, int cluster_bits, int stride):
-    """Mark what an L2 *table* points to: data as such where nothing was marked, compressed clusters as fixed.
+cdef bint _extent(uint64_t word, int cluster_bits, uint64_t *first, uint64_t *last) noexcept nogil:
+    """Whether *word* is of a compressed cluster; if so, the host clusters that it touches."""
+    cdef int shift = FLAG_SHIFT - (cluster_bits - 8)
+    cdef uint64_t offset, sectors
+    if not word >> FLAG_SHIFT & 1:
+        return False
+    offset = word & ((<uint64_t> 1 << shift) - 1)
+    sectors = (word >> shift) & ((<uint64_t> 1 << (cluster_bits - 8)) - 1)
+    first[0] = offset >> cluster_bits
+    last[0] = ((offset & ~<uint64_t> 511) + 512 * (sectors + 1) - 1) >> cluster_bits
+    return True
 
-    Returns false for an offset outside.
+
+cdef void _mark_packed(uint8_t[::1] kinds, uint64_t first, uint64_t last) noexcept nogil:
+    cdef uint64_t at
+    cdef bint usual = last - first < 2
+    for at in range(first, last + 1):
+        usual = usual and kinds[at] in (C_FREE, C_PACKED, C_LINKED)
+    for at in range(first, last + 1):
+        if not usual:
+            kinds[at] = C_FIXED
+        elif at < last:
+            kinds[at] = C_LINKED
+        elif kinds[at] == C_FREE:
+            kinds[at] = C_PACKED
+
+
+def mark_table(uint8_t[::1] kinds not None, const uint8_t[::1] table not None, int cluster_bits, int stride):
+    """Mark what an L2 *table* points to: clusters of data, and those that hold compressed ones.
+
+    LINKED shares a compressed cluster with the next one, PACKED with none
+    behind it; what is used in two ways is FIXED.  Returns false for an offset
+    outside.
     """
     cdef Py_ssize_t at = -stride
-    cdef uint64_t word, offset, first, last, count = kinds.shape[0], sectors
-    cdef int shift = FLAG_SHIFT - (cluster_bits - 8)
+    cdef uint64_t word, first, last, count = kinds.shape[0]
     cdef bint sound = True
     with nogil:
         while at + stride + 8 <= table.shape[0]:
             at += stride
             word = _get(&table[at])
-            if word >> FLAG_SHIFT & 1:
-                offset = word & ((<uint64_t> 1 << shift) - 1)
-                sectors = (word >> shift) & ((<uint64_t> 1 << (cluster_bits - 8)) - 1)
-                first = offset >> cluster_bits
-                last = ((offset & ~<uint64_t> 511) + 512 * (sectors + 1) - 1) >> cluster_bits
+            if _extent(word, cluster_bits, &first, &last):
                 if first >= count:
                     sound = False
                     break
-                while first <= last and first < count:
-                    kinds[first] = 4
-                    first += 1
+                _mark_packed(kinds, first, min(last, count - 1))
                 continue
-            offset = word & MASK
-            if offset == 0:
+            if word & MASK == 0:
                 continue
-            first = offset >> cluster_bits
+            first = (word & MASK) >> cluster_bits
             if first >= count:
                 sound = False
                 break
             if kinds[first] == C_FREE:
                 kinds[first] = C_DATA
+            elif kinds[first] != C_DATA:
+                kinds[first] = C_FIXED
     return sound
 
 
@@ -155,6 +183,52 @@ def repoint(
     return changed
 
 
+def repoint_packed(
+    uint8_t[::1] table not None, int stride, int cluster_bits, Py_ssize_t base, const uint64_t[::1] places not None
+):
+    """Let each compressed cluster of an L2 *table* follow the last host cluster that it touches; returns how many did.
+
+    ``places[cluster - base]`` is the new place, or 0.
+    """
+    cdef Py_ssize_t at = -stride, changed = 0
+    cdef uint64_t word, first, last, index
+    with nogil:
+        while at + stride + 8 <= table.shape[0]:
+            at += stride
+            word = _get(&table[at])
+            if not _extent(word, cluster_bits, &first, &last) or last < <uint64_t> base:
+                continue
+            index = last - base
+            if index >= <uint64_t> places.shape[0] or places[index] == 0 or places[index] + first < last:
+                continue
+            # Whole clusters: what is below the offset field's top and above it stays.
+            _put(&table[at], word - (last << cluster_bits) + (places[index] << cluster_bits))
+            changed += 1
+    return changed
+
+
+def spanning(const uint8_t[::1] table not None, int stride, int cluster_bits, uint64_t cluster):
+    """Return how many entries of an L2 *table* are compressed clusters that begin in *cluster* and end behind it."""
+    cdef Py_ssize_t at = -stride, found = 0
+    cdef uint64_t first, last
+    with nogil:
+        while at + stride + 8 <= table.shape[0]:
+            at += stride
+            if _extent(_get(&table[at]), cluster_bits, &first, &last) and first == cluster and last > cluster:
+                found += 1
+    return found
+
+
+def spread(uint64_t[::1] places not None, Py_ssize_t base, runs):
+    """Note runs ``(old, new, count)`` in *places*, by old cluster from *base* on."""
+    cdef Py_ssize_t old, new, count, index
+    for old, new, count in runs:
+        if old < base or old - base + count > places.shape[0] or count < 0:
+            raise ValueError("a run outside the places")
+        for index in range(count):
+            places[old - base + index] = new + index
+
+
 cdef uint64_t _count(const uint8_t[::1] block, int order, Py_ssize_t index) except? 0xFFFFFFFFFFFFFFFF:
     cdef int bits = 1 << order, i
     cdef uint64_t value = 0
@@ -197,3 +271,14 @@ def clear_counts(uint8_t[::1] block not None, Py_ssize_t at, Py_ssize_t count, i
     cdef Py_ssize_t index
     for index in range(count):
         _set(block, order, at + index, 0)
+
+
+def add_count(uint8_t[::1] block not None, Py_ssize_t index, Py_ssize_t amount, int order):
+    """Add *amount*, which may be negative, to one count of a refcount block; ValueError where it does not fit."""
+    cdef uint64_t value = _count(block, order, index)
+    if amount < 0 and <uint64_t> -amount > value:
+        raise ValueError("a count below zero")
+    value += amount
+    if order < 6 and value >> (1 << order):
+        raise ValueError("a count is too large")
+    _set(block, order, index, value)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from qcowlib.cli import options
 from qcowlib.cli.console import Console, Failure
 from qcowlib.cli.jsonout import pretty
-from qcowlib.cli.opening import hint_text
+from qcowlib.cli.objects import parse_secrets
+from qcowlib.cli.opening import hint_text, secret_of
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
 from qcowlib.errors import Error, printable
@@ -24,6 +25,7 @@ COMMAND = Command(
     (
         options.HELP,
         options.QUIET,
+        options.OBJECT,
         options.FORMAT,
         options.IMAGE_OPTS,
         options.CACHE,
@@ -46,6 +48,7 @@ def run(args: Args, console: Console) -> int:
     as_json = options.wants_json(args)
     if ref.format not in (None, "qcow2") or ref.windows:
         raise Failure("only qcow2 files can be compacted")
+    secret = secret_of(ref, parse_secrets(args.texts("object")))
     only, zeros = args.flag("plan"), args.flag("zeros")
     progress = Progress(
         console, args.flag("progress") and not args.flag("quiet"), total=0, form=options.progress_form(args)
@@ -54,11 +57,12 @@ def run(args: Args, console: Console) -> int:
         progress.report(0)
     try:
         done = (
-            plan_compact(ref.path, zeros=zeros)
+            plan_compact(ref.path, zeros=zeros, secret=secret)
             if only
             else compact(
                 ref.path,
                 zeros=zeros,
+                secret=secret,
                 cache=options.cache_mode(args),  # type: ignore[arg-type]
                 progress=progress.within(),
                 rate=args.number("rate") or None,
@@ -75,8 +79,9 @@ def run(args: Args, console: Console) -> int:
         would = "would be " if only else ""
         console.out(
             f"{printable(ref.text)}: {would}{done.file_size} -> {done.new_size} bytes; {done.moved} bytes {would}moved "
-            f"({done.moved_data} data, {done.moved_tables} tables, {done.moved_blocks} refcount blocks)\n"
+            f"({done.moved_data} data, {done.moved_tables} tables, {done.moved_blocks} refcount blocks, "
+            f"{done.moved_other} others)\n"
             f"leaks {done.leaks}, zeros {done.zeros}, free below the end {done.free}, "
-            f"last cluster that cannot move ends at {done.fixed_end}\n"
+            f"last cluster that cannot move ends at {done.fixed_end}\n" + (f"{done.left}\n" if done.left else "")
         )
     return 0

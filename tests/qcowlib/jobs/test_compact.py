@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import subprocess
@@ -18,7 +19,9 @@ from hypothesis import strategies as st
 
 import qcowlib
 from qcowlib.jobs.compact import compact, plan_compact
+from qcowlib.luks import LuksHeader
 from qcowlib.qcow2.compact import Compaction
+from qcowlib.qcow2.create import CreateOptions, Encryption, create
 from qcowlib.qcow2.directories import read_header
 from qcowlib.storage.file import FileStorage
 from qcowlib.storage.linear import LinearStorage, Segment
@@ -154,8 +157,8 @@ def test_cancelled_anywhere_it_is_done_by_calling_again(tmp_path: Path) -> None:
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image"
-    qcowlib.create(path, 1024 * KiB, data_file=str(tmp_path / "data"))
-    with pytest.raises(qcowlib.UnsupportedFeature, match="external data file"):
+    path.write_bytes(bytes(MiB))
+    with pytest.raises(qcowlib.FormatError, match="not in qcow2 format"):
         compact(path)
     qcowlib.create(path, 1024 * KiB)
     with qcowlib.open(path, "r+"), pytest.raises(qcowlib.Busy):
@@ -165,6 +168,137 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         file.write(bytes(2))
     with pytest.raises(qcowlib.Error, match="repair it first"):
         compact(path)
+
+
+def worn(path: Path, secret: str | None) -> None:
+    """Lets the image at *path* lose what was written first; a snapshot holds some of the rest."""
+    rng = random.Random(7)
+    with qcowlib.open(path, "r+", secret=secret) as image:
+        for number in range(16):
+            image.pwrite(rng.randbytes(60000), number * 65536)
+        if not image.info().data_file:
+            image.create_snapshot("kept")
+            image.pwrite(rng.randbytes(200000), 700000)
+            image.delete_snapshot("1")
+            image.create_snapshot("kept")
+        image.discard(512 * KiB, 0)
+
+
+@functools.cache
+def encrypted(kind: str) -> bytes:
+    """A new image whose passphrase takes no time."""
+    image = MemoryStorage()
+    area = LuksHeader.create("abc", cipher_alg="aes-128", iter_time=0)[0] if kind == "luks" else b""
+    create(image, CreateOptions(2 * MiB, cluster_size=4096, encrypt=Encryption(2 if area else 1, area)))
+    return image.getvalue()
+
+
+SECRET = ("--object", "secret,id=sec0,data=abc")
+
+
+@pytest.mark.real("qemu-img", "qemu-io")
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+@pytest.mark.parametrize("given", [True, False])
+def test_encrypted_data_move_only_where_the_guest_reads_the_same_after_it(
+    tmp_path: Path, kind: str, given: bool
+) -> None:
+    path, plain = tmp_path / "image", tmp_path / "plain"
+    path.write_bytes(encrypted(kind))
+    worn(path, "abc")
+    with qcowlib.open(path, secret="abc") as image:
+        expected = image.pread(image.size, 0)
+    with qcowlib.open(path, secret="abc", snapshot="kept") as image:
+        kept = image.pread(image.size, 0)
+    secret = "abc" if given else None
+    plan = plan_compact(path, secret=secret)
+    assert compact(path, secret=secret) == plan
+    assert path.stat().st_size == plan.new_size
+    opened = f"driver=qcow2,encrypt.key-secret=sec0,file.filename={path}"
+    qemu_img("check", *SECRET, "--image-opts", opened)
+    with qcowlib.open(path, secret="abc", snapshot="kept") as image:
+        assert image.pread(image.size, 0) == kept
+    qemu_img("convert", *SECRET, "--image-opts", opened, "-O", "raw", plain)
+    assert plain.read_bytes() == expected
+    # Of AES the guest's sector makes the initial vector, of LUKS the file's.
+    stays = kind == "luks" and not given
+    assert bool(plan.moved_data) != stays
+    assert (plan.free == 0) != stays
+    reason = "guest data stays where it is, as LUKS data cannot move without the passphrase"
+    assert plan.left == (reason if stays else "")
+    subprocess.run(["qemu-io", *SECRET, "-c", "write -q -P 5 0 64k", "--image-opts", opened], check=True)
+    qemu_img("check", *SECRET, "--image-opts", opened)
+
+
+def test_wrong_passphrase_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    before = encrypted("luks")
+    path.write_bytes(before)
+    with pytest.raises(qcowlib.SecretError):
+        compact(path, secret="abd")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.real("qemu-img")
+@pytest.mark.parametrize("raw", [True, False])
+def test_with_a_data_file_only_metadata_move(tmp_path: Path, raw: bool) -> None:
+    path, data = tmp_path / "image", tmp_path / "data"
+    options = f"cluster_size=512,data_file={data},data_file_raw={'on' if raw else 'off'}"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, 2 * MiB)
+    worn(path, None)
+    with qcowlib.open(path, "r+") as image:
+        image.add_bitmap("first", 512)
+        image.pwrite(b"x" * 70000, 900000)
+        image.add_bitmap("second", 512)
+    with qcowlib.open(path, "r+") as image:
+        image.remove_bitmap("first")
+        image.resize(1200 * KiB, shrink=True)
+    before, outside = everything(path), data.read_bytes()
+    plan = plan_compact(path)
+    assert compact(path) == plan
+    assert path.stat().st_size == plan.new_size < plan.file_size
+    assert (plan.moved_data, plan.free) == (0, 0) and plan.moved
+    assert plan.left == "guest data in the external data file stays as it is"
+    assert everything(path) == before and data.read_bytes() == outside
+    qemu_img("check", path)
+
+
+@pytest.mark.real("qemu-img")
+@pytest.mark.parametrize("backed", [True, False])
+def test_zeros_in_version_2_go_where_no_backing_file_would_show(tmp_path: Path, backed: bool) -> None:
+    base, path = tmp_path / "base", tmp_path / "image"
+    base.write_bytes(b"b" * MiB)
+    words = ["-b", base, "-F", "raw"] if backed else []
+    qemu_img("create", "-q", "-f", "qcow2", *words, "-o", "compat=0.10,cluster_size=4096", path, MiB)
+    with qcowlib.open(path, "r+") as image:
+        image.pwrite(bytes(256 * KiB), 0)
+        image.pwrite(b"d" * 64 * KiB, 512 * KiB)
+        before = image.pread(image.size, 0)
+    if not backed:
+        # Without a backing file zeros are not even stored; qemu stores them.
+        words = ["qemu-io", "-f", "qcow2", "-c", "write -q -P 0 0 256k", str(path)]
+        subprocess.run(words, check=True)
+    plan = plan_compact(path, zeros=True)
+    assert compact(path, zeros=True) == plan
+    assert (plan.zeros, plan.zeros_kept) == ((0, 256 * KiB) if backed else (256 * KiB, 0))
+    kept = "262144 bytes of zeros stay, as version 2 cannot hide a backing file by zero clusters"
+    assert plan.left == (kept if backed else "")
+    assert (path.stat().st_size < 256 * KiB) != backed
+    with qcowlib.open(path) as image:
+        assert image.pread(image.size, 0) == before
+    qemu_img("check", path)
+
+
+@pytest.mark.real("qemu-img")
+def test_i10_unknown_autoclear_bits_go_before_anything_moves(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    qcowlib.create(path, 2 * MiB, cluster_size=4096)
+    worn(path, None)
+    with path.open("r+b") as file:
+        file.seek(88)
+        file.write((1 << 40).to_bytes(8, "big"))
+    assert compact(path).moved
+    assert path.read_bytes()[88:96] == bytes(8)
+    qemu_img("check", path)
 
 
 #: Compacts, and tells of each piece that moved.

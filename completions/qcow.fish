@@ -159,6 +159,7 @@ complete -c qcow -n '__fish_seen_subcommand_from commit' -l output -x -a 'human 
 
 complete -c qcow -n '__fish_seen_subcommand_from compact' -s h -l help -d 'show this help'
 complete -c qcow -n '__fish_seen_subcommand_from compact' -s q -d 'print errors only'
+complete -c qcow -n '__fish_seen_subcommand_from compact' -l object -x -a 'secret,id=' -d 'secret,id=ID,data=TEXT or file=PATH: a passphrase'
 complete -c qcow -n '__fish_seen_subcommand_from compact' -s f -x -a 'qcow2 raw luks' -d 'format of the image (default: probed)'
 complete -c qcow -n '__fish_seen_subcommand_from compact' -l image-opts -d 'file names are option lists: driver=qcow2,file.filename=PATH'
 complete -c qcow -n '__fish_seen_subcommand_from compact' -s t -x -a 'none off writeback writethrough directsync unsafe' -d 'cache mode of what is written'

@@ -15,7 +15,7 @@ changing the group itself is in :mod:`.block_group`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -183,7 +183,7 @@ class BlockDomain:
 
     @contextmanager
     def special(self, name: str, *, writable: bool = False) -> Iterator[Storage]:
-        """Give the bytes of a special volume, closed afterwards."""
+        """Give the bytes of a logical volume, closed afterwards."""
         storage = open_logical_volume(self.lvm, self.state, name, writable=writable)
         try:
             yield storage
@@ -201,7 +201,8 @@ class BlockDomain:
 
     # Listing
 
-    def _slot(self, lv: Lv) -> int | None:
+    def place_slot(self, lv: Lv) -> int | None:
+        """Return the slot that a logical volume has, by its tag or (V1) its place; ``None`` where it has none."""
         if self.metadata.version == 0:
             if not lv.segments:
                 return None
@@ -231,7 +232,7 @@ class BlockDomain:
                 continue
             besides = [tag for tag in lv.tags if not tag.startswith(layout.TAG_SLOT)]
             try:
-                tags[lv.name] = layout.parse_volume_tags([*besides, f"{layout.TAG_SLOT}{self._slot(lv)}"])
+                tags[lv.name] = layout.parse_volume_tags([*besides, f"{layout.TAG_SLOT}{self.place_slot(lv)}"])
             except MetadataError:
                 # Such a volume is not ours to use; leftovers() tells of it.
                 continue
@@ -251,13 +252,13 @@ class BlockDomain:
         """Return logical volumes that have a volume's name but not its three tags, with what their tags do say."""
         entries = self.entries()
         strays = [lv for lv in self.state.lvs.values() if is_id(lv.name) and lv.name not in entries]
-        return {lv.name: layout.loose_volume_tags(lv.tags)._replace(slot=self._slot(lv)) for lv in strays}
+        return {lv.name: layout.loose_volume_tags(lv.tags)._replace(slot=self.place_slot(lv)) for lv in strays}
 
     def occupied_slots(self) -> list[int]:
-        """Return the slots that volumes have, removed ones too."""
-        volumes = [lv for lv in self.state.lvs.values() if is_id(lv.name)]
+        """Return the slots that volumes have, removed ones and what a merge by renames has out of the way too."""
+        volumes = [lv for lv in self.state.lvs.values() if lv.name not in layout.SPECIAL_VOLUMES]
         if self.metadata.version == 0:
-            return sorted({slot for lv in volumes if (slot := self._slot(lv)) is not None})
+            return sorted({slot for lv in volumes if (slot := self.place_slot(lv)) is not None})
         return sorted({slot for lv in volumes for slot in layout.slots_of(lv.tags)})
 
     def _entry(self, volume: str) -> VolumeEntry:
@@ -348,7 +349,7 @@ class BlockDomain:
         finally:
             self.changed()
         if not version:
-            slot = self._slot(self.state.lv(volume))
+            slot = self.place_slot(self.state.lv(volume))
             if slot is None:
                 self.abandon(token, image, volume)
                 raise MetadataError("LVM put the volume where a V1 domain has no slot for it", path=self._name)
@@ -359,13 +360,11 @@ class BlockDomain:
         slot = self._pending.get(volume)
         if slot is None:
             raise NotFound(f"the volume {volume} was not allocated here", path=self._name)
-        tags = layout.volume_tags(slot, record.parent, record.image)
+        tags = layout.volume_tags(slot if view.version else None, record.parent, record.image)
         self.write_slot(token, slot, record.to_slot(view.version))
         if layout.has_volume_leases(view.version, view.type):
             self.make_lease(token, volume)
         token.check()
-        if view.version == 0:
-            tags = tags[1:]
         self.retag([volume], add=tags, remove=[layout.TAG_INITIALIZING])
         self._pending.pop(volume, None)
 
@@ -434,10 +433,13 @@ class BlockDomain:
             with self._changing():
                 self.lvm.extend_volume(self._name, volume, ceil_div(size, MiB))
 
-    def reduce(self, token: SpmToken, volume: str, size: int) -> None:
+    def reduce(self, token: SpmToken, volume: str, size: int, *, zero: bool = False) -> None:
         extent = self.state.vg.extent_size
-        if ceil_div(size, extent) * extent < self.size_of(volume):
+        kept = ceil_div(size, extent) * extent
+        if kept < self.size_of(volume):
             self.require_unused([volume])
+            if zero:
+                self.overwrite(token, volume, kept)
             token.check()
             with self._changing():
                 self.lvm.reduce_volume(self._name, volume, ceil_div(size, MiB))
@@ -473,9 +475,12 @@ class BlockDomain:
     def set_writable(self, token: SpmToken, volumes: Sequence[str], writable: bool) -> None:
         names = [volume for volume in volumes if self.state.lv(volume).writable != writable]
         if names:
-            token.check()
-            with self._changing():
-                self.lvm.set_writable(self._name, names, writable)
+            self._permit(token, names, writable)
+
+    def _permit(self, token: SpmToken, names: Sequence[str], writable: bool) -> None:
+        token.check()
+        with self._changing():
+            self.lvm.set_writable(self._name, names, writable)
 
     def notes(self) -> dict[str, str]:
         live = [name for name, entry in self.entries().items() if not entry.removed and not entry.initializing]
@@ -520,20 +525,22 @@ class BlockDomain:
         new = f"{layout.TAG_IMAGE}{mark}{image}"
         self.retag(volumes, add=[new], remove=[tag for tag in old if tag != new])
 
-    def purge(self, token: SpmToken, image: str) -> None:
+    def purge(self, token: SpmToken, image: str, *, wiped: Collection[str] = ()) -> None:
         check_id(image, "image UUID")
         self.changed()
         gone = [entry for entry in self.entries().values() if entry.removed and entry.images[0] == image]
-        self._remove(token, gone)
+        self._remove(token, gone, wiped)
 
-    def _remove(self, token: SpmToken, gone: Sequence[VolumeEntry]) -> None:
+    def _remove(self, token: SpmToken, gone: Sequence[VolumeEntry], wiped: Collection[str] = ()) -> None:
         if not gone:
             return
+        for entry in gone:
+            if entry.zeroing and entry.volume not in wiped:
+                self.overwrite(token, entry.volume)
         token.check()
         with self._changing():
             self.lvm.remove_volumes(self._name, [entry.volume for entry in gone])
-        # Others leave the text of a deleted volume in its slot; readers take
-        # zeros for an empty record.  No volume has got the slot yet.
+        # Readers take zeros for an empty record.  No volume has got the slot yet.
         for entry in gone:
             if entry.slot is not None:
                 self.write_slot(token, entry.slot, bytes(RECORD_SIZE))
@@ -563,9 +570,6 @@ class BlockDomain:
         names = {leftover.name for leftover in leftovers if leftover.kind != "unknown volume"}
         self.changed()
         entries = [entry for volume, entry in self.entries().items() if volume in names]
-        for entry in entries:
-            if entry.zeroing:
-                self._wipe(token, entry.volume)
         self._remove(token, [entry for entry in entries if entry.removed or entry.initializing])
         twins = [name for name in names if layout.twin_of(name) is not None and name in self.state.lvs]
         if twins:
@@ -573,12 +577,15 @@ class BlockDomain:
             self.lvm.remove_volumes(self._name, twins)
             self.changed()
 
-    def _wipe(self, token: SpmToken, volume: str) -> None:
-        storage = self.open_volume(volume, writable=True)
-        try:
-            wipe(token, storage)
-        finally:
-            storage.close()
+    def overwrite(self, token: SpmToken, name: str, start: int = 0) -> None:
+        """Write zeros over a logical volume, or its part from *start* on, whose extents are about to be free."""
+        locked = not self.state.lv(name).writable
+        if locked:
+            self._permit(token, [name], True)
+        with self.special(name, writable=True) as storage:
+            wipe(token, storage, start, allocate=True)
+        if locked and start:
+            self._permit(token, [name], False)
 
     def capacity(self) -> tuple[int, int]:
         return self.state.vg.size, self.state.vg.free

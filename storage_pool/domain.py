@@ -14,7 +14,7 @@ none and no lock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .metadata_domain import DomainMetadata
@@ -111,8 +111,8 @@ class Domain(Protocol):
     def extend(self, token: SpmToken, volume: str, size: int) -> None:
         """Give a volume at least *size* bytes; nothing where it has them."""
 
-    def reduce(self, token: SpmToken, volume: str, size: int) -> None:
-        """Take bytes beyond *size*; they are lost."""
+    def reduce(self, token: SpmToken, volume: str, size: int, *, zero: bool = False) -> None:
+        """Take bytes beyond *size*; they are lost, with *zero* overwritten before others can have them."""
 
     def open_volume(self, volume: str, *, writable: bool = False) -> Storage:
         """Return the bytes of a volume, allocated or published."""
@@ -130,10 +130,13 @@ class Domain(Protocol):
         """Set write permission as versions below 3 keep it."""
 
     def mark_removed(self, token: SpmToken, image: str, volumes: Sequence[str], *, zero: bool = False) -> None:
-        """Take volumes out of sight in one step; a template used elsewhere only leaves *image*."""
+        """Take volumes out of sight in one step; a template used elsewhere only leaves *image*.
 
-    def purge(self, token: SpmToken, image: str) -> None:
-        """Remove what was marked removed of an image."""
+        With *zero* block storage remembers that they go only after they were overwritten.
+        """
+
+    def purge(self, token: SpmToken, image: str, *, wiped: Collection[str] = ()) -> None:
+        """Remove what was marked removed of an image; what has to be overwritten before is, but for *wiped*."""
 
     def notes(self) -> dict[str, str]:
         """Return what is being done to live volumes, as it was noted before it began."""

@@ -15,7 +15,7 @@ images is one set of files with links in each image directory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
@@ -464,7 +464,7 @@ class FileDomain:
                 storage.resize(size)
                 storage.flush()
 
-    def reduce(self, token: SpmToken, volume: str, size: int) -> None:
+    def reduce(self, token: SpmToken, volume: str, size: int, *, zero: bool = False) -> None:
         """Files of images have the length they need; nothing is taken."""
 
     def open_volume(self, volume: str, *, writable: bool = False) -> FileStorage:
@@ -549,7 +549,7 @@ class FileDomain:
                         self._root.rename(f"{source}/{volume}{suffix}", f"{target}/{volume}{suffix}")
         self._listing = None
 
-    def purge(self, token: SpmToken, image: str) -> None:
+    def purge(self, token: SpmToken, image: str, *, wiped: Collection[str] = ()) -> None:
         token.check()
         self._root.remove_tree(f"images/{_REMOVED}{check_id(image, 'image UUID')}")
         self._listing = None

@@ -392,20 +392,20 @@ class Disk:
         """Make a second leaf on a snapshot and return it."""
         return self._change(snapshot.preview, taken, ctime=self._context.now())
 
-    def undo(self, previewed: str) -> None:
-        """Drop a preview."""
-        self._change(snapshot.undo_preview, previewed)
+    def undo(self, previewed: str, *, zero: bool = False) -> None:
+        """Drop a preview; *zero* overwrites its data first."""
+        self._change(snapshot.undo_preview, previewed, zero=zero)
 
-    def commit(self, previewed: str) -> list[str]:
-        """Make a preview the disk; returns the volumes that were dropped."""
-        return self._change(snapshot.commit_preview, previewed)
+    def commit(self, previewed: str, *, zero: bool = False) -> list[str]:
+        """Make a preview the disk; returns the volumes that were dropped, with *zero* after overwriting their data."""
+        return self._change(snapshot.commit_preview, previewed, zero=zero)
 
-    def delete_snapshot(self, taken: str, *, by_renames: bool = False) -> str:
+    def delete_snapshot(self, taken: str, *, by_renames: bool = False, zero: bool = False) -> str:
         """Delete a snapshot, so that the disk stays; returns the volume that has its data now.
 
         What came after it is merged into it.  *by_renames* makes a new volume
         of both instead, which takes the name of the one above
-        (:func:`.merge_swap.merge_by_swap`).
+        (:func:`.merge_swap.merge_by_swap`).  *zero* overwrites data whose space others get.
 
         Raises: NotFound, Illegal.
         """
@@ -416,8 +416,8 @@ class Disk:
         if len(above) != 1:
             raise Illegal(f"{len(above)} volumes stand on the snapshot {taken}", path=self.home.domain.name)
         if by_renames:
-            return self._change(merge_swap.merge_by_swap, taken)
-        return self._change(merge.merge, above[0])
+            return self._change(merge_swap.merge_by_swap, taken, zero=zero)
+        return self._change(merge.merge, above[0], zero=zero)
 
     def sync_chain(self, actual: Sequence[str]) -> list[str]:
         """Let records follow a merge that a running guest made; *actual* is its chain from the leaf down."""

@@ -174,12 +174,18 @@ class VolumeTags(NamedTuple):
         return (REMOVED_PREFIX if self.removed else "") + self.image
 
 
-def volume_tags(slot: int, parent: str, image: str) -> list[str]:
-    """Return the three tags that make an LV a volume.  Raises: InvalidName."""
+def volume_tags(slot: int | None, parent: str, image: str) -> list[str]:
+    """Return the tags that make an LV a volume; without *slot* the two of V1, whose slot is its place.
+
+    Raises: InvalidName.
+    """
     check_id(parent, "parent UUID", blank=True)
     check_id(image, "image UUID")
+    tags = [f"{TAG_PARENT}{parent}", f"{TAG_IMAGE}{image}"]
+    if slot is None:
+        return tags
     slot_offset(slot, 5)
-    return [f"{TAG_SLOT}{slot}", f"{TAG_PARENT}{parent}", f"{TAG_IMAGE}{image}"]
+    return [f"{TAG_SLOT}{slot}", *tags]
 
 
 def parse_volume_tags(tags: Iterable[str]) -> VolumeTags:

@@ -4,7 +4,8 @@
 
 Steps, each of which may be run again:
 
-1. base has room for top; note "merge:<top>" on base, from then on :func:`recover_merges` ends it
+1. base has room for top; note "merge:<top>" on base, from then on :func:`recover_merges` ends it;
+   ":zero" after it where what goes is overwritten first
 2. base becomes ILLEGAL and has the capacity of top
 3. top's data are written into base
 4. top becomes ILLEGAL
@@ -36,6 +37,7 @@ from .image_group import ImageGroup, backing_of
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
 from .sizes import CHUNK, max_size, optimal_cow_size
 from .volume import (
+    ZERO_NOTE,
     children_of,
     open_image,
     remove_volumes,
@@ -81,10 +83,12 @@ def check_merge(group: ImageGroup, top: str) -> tuple[str, str | None]:
     return base, child
 
 
-def merge(token: SpmToken, domain: Domain, image: str, top: str) -> str:
+def merge(token: SpmToken, domain: Domain, image: str, top: str, *, zero: bool = False) -> str:
     """Merge *top* into its parent and remove it; returns the parent.
 
-    The disk must not be in use.  A cut is ended by :func:`recover_merges`.
+    With *zero* the data of *top*, and what the parent gives back, are
+    overwritten before others can have their space.  The disk must not be in
+    use.  A cut is ended by :func:`recover_merges`.
 
     Raises: Illegal, NotFound, MetadataError, NoSpace, StorageError.
     """
@@ -92,8 +96,8 @@ def merge(token: SpmToken, domain: Domain, image: str, top: str) -> str:
     base, _ = check_merge(group, top)
     # First, for a full group must be told before anything is changed.
     _make_room(token, domain, base, group.records[base], top, group.records[top])
-    domain.set_note(token, base, f"{_NOTE}{top}")
-    _finish(token, domain, image, base, top, roomy=True)
+    domain.set_note(token, base, f"{_NOTE}{top}{ZERO_NOTE if zero else ''}")
+    _finish(token, domain, image, base, top, roomy=True, zero=zero)
     return base
 
 
@@ -140,12 +144,15 @@ def recover_merges(token: SpmToken, domain: Domain) -> list[str]:
     ended = []
     for base, note in sorted(domain.notes().items()):
         if note.startswith(_NOTE):
-            _finish(token, domain, domain.record(base).image, base, note.removeprefix(_NOTE))
+            top = note.removeprefix(_NOTE).removesuffix(ZERO_NOTE)
+            _finish(token, domain, domain.record(base).image, base, top, zero=note.endswith(ZERO_NOTE))
             ended.append(base)
     return ended
 
 
-def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str, *, roomy: bool = False) -> None:
+def _finish(
+    token: SpmToken, domain: Domain, image: str, base: str, top: str, *, roomy: bool = False, zero: bool = False
+) -> None:
     entry = domain.entries().get(top)
     live = entry is not None and not entry.removed and not entry.initializing
     if live:
@@ -161,9 +168,9 @@ def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str, *,
         role = mv.INTERNAL if remaining else mv.LEAF
         done = record._replace(legality=mv.LEGAL, generation=mv.next_generation(record.generation))
         set_role(token, domain, base, done, role)
-    _reduce(token, domain, base)
+    _reduce(token, domain, base, zero=zero)
     if live:
-        remove_volumes(token, domain, image, [top], force=True)
+        remove_volumes(token, domain, image, [top], zero=zero, force=True)
     domain.purge(token, image)
     domain.set_note(token, base, None)
 
@@ -255,7 +262,7 @@ def _relink(token: SpmToken, domain: Domain, base: str, top: str) -> None:
         domain.set_parent_hint(token, child, base)
 
 
-def _reduce(token: SpmToken, domain: Domain, base: str) -> None:
+def _reduce(token: SpmToken, domain: Domain, base: str, *, zero: bool) -> None:
     """Give back what an internal volume does not need; not for files and preallocated volumes."""
     record = domain.record(base)
     if not domain.block or record.format != COW or record.type != SPARSE or record.voltype == mv.LEAF:
@@ -268,4 +275,5 @@ def _reduce(token: SpmToken, domain: Domain, base: str) -> None:
     if report.failure or not report.image_end_offset:
         # The merge is done; space is no reason to undo it.
         return
-    domain.reduce(token, base, optimal_cow_size(report.image_end_offset, record.capacity, leaf=False))
+    size = optimal_cow_size(report.image_end_offset, record.capacity, leaf=False)
+    domain.reduce(token, base, size, zero=zero)

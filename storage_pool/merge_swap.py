@@ -5,10 +5,10 @@
 The snapshot's volume *base* and its one child *top* become one volume under
 *top*'s name; what stood on *top* needs no other backing name.  Steps:
 
-1. note ``swap:<top>`` on base, top becomes ILLEGAL
+1. note ``swap:<top>:<slot>`` on base, top becomes ILLEGAL; ``:zero`` after it where what goes is overwritten first
 2. the merged volume ``<top>_MERGE`` is made, on the parent of base, and filled
-3. note ``swapped:<top>`` on base
-4. by renames it takes the place of top, whose old bytes are out of sight
+3. note ``swapped:...`` on base
+4. by renames it takes the place of top, whose old bytes are out of sight; on a V1 volume group its record went before
 5. the record of top: parent, format; images on top where its format changed
 6. top is LEGAL, one generation on
 7. the old bytes go, and base
@@ -36,9 +36,10 @@ from .image_group import ImageGroup
 from .merge import check_merge
 from .metadata_volume import COW, PREALLOCATED, RAW, SPARSE, VolumeMetadata
 from .sizes import CHUNK, max_size
-from .twin import check_twins, drop_twin, make_twin, open_twin, swap_twin
+from .twin import drop_twin, make_twin, open_twin, swap_twin
 from .volume import (
     IMAGE_FORMATS,
+    ZERO_NOTE,
     DomainReferences,
     children_of,
     image_options,
@@ -57,16 +58,16 @@ _NOTE: Final = "swap:"
 _DONE_NOTE: Final = "swapped:"
 
 
-def merge_by_swap(token: SpmToken, domain: Domain, image: str, snapshot: str) -> str:
+def merge_by_swap(token: SpmToken, domain: Domain, image: str, snapshot: str, *, zero: bool = False) -> str:
     """Delete *snapshot*: its data and those of its child become one volume; returns the child.
 
-    The disk must not be in use.  A cut is ended or taken back by :func:`recover_swaps`.
+    With *zero* the bytes of both are overwritten before others can have their
+    space.  The disk must not be in use.  A cut is ended or taken back by
+    :func:`recover_swaps`.
 
     Raises: Illegal (also for a snapshot with several children or none),
-    NotFound, MetadataError, NoSpace, StorageError, UnsupportedVersion for
-    block domains of V1.
+    NotFound, MetadataError, NoSpace, StorageError.
     """
-    check_twins(domain)
     group = ImageGroup.load(domain, image)
     if snapshot not in group.records:
         raise NotFound(f"there is no volume {snapshot} in image {image}", path=domain.name)
@@ -76,15 +77,16 @@ def merge_by_swap(token: SpmToken, domain: Domain, image: str, snapshot: str) ->
     (top,) = children
     check_merge(group, top)
     slot = domain.entries()[top].slot or 0
-    domain.set_note(token, snapshot, f"{_NOTE}{top}:{slot}")
+    end = f"{top}:{slot}{ZERO_NOTE if zero else ''}"
+    domain.set_note(token, snapshot, f"{_NOTE}{end}")
     try:
         domain.write_record(token, top, group.records[top]._replace(legality=mv.ILLEGAL))
         _fill(token, domain, group.records[snapshot], top)
     except Exception:
-        _take_back(token, domain, snapshot, top)
+        _take_back(token, domain, snapshot, top, zero=zero)
         raise
-    domain.set_note(token, snapshot, f"{_DONE_NOTE}{top}:{slot}")
-    _finish(token, domain, image, snapshot, top, slot)
+    domain.set_note(token, snapshot, f"{_DONE_NOTE}{end}")
+    _finish(token, domain, image, snapshot, top, slot, zero=zero)
     return top
 
 
@@ -93,13 +95,14 @@ def recover_swaps(token: SpmToken, domain: Domain) -> dict[str, str]:
     domain.refresh()
     ended = {}
     for base, note in sorted(domain.notes().items()):
-        kind, _, rest = note.partition(":")
+        zero = note.endswith(ZERO_NOTE)
+        kind, _, rest = note.removesuffix(ZERO_NOTE).partition(":")
         top, _, slot = rest.partition(":")
         if f"{kind}:" == _NOTE:
-            _take_back(token, domain, base, top)
+            _take_back(token, domain, base, top, zero=zero)
             ended[top] = "taken back"
         elif f"{kind}:" == _DONE_NOTE:
-            _finish(token, domain, domain.record(base).image, base, top, int(slot))
+            _finish(token, domain, domain.record(base).image, base, top, int(slot), zero=zero)
             ended[top] = "merged"
     return ended
 
@@ -151,15 +154,15 @@ def _fill(token: SpmToken, domain: Domain, base: VolumeMetadata, top: str) -> No
                         carry_bitmaps(part, target)
 
 
-def _take_back(token: SpmToken, domain: Domain, base: str, top: str) -> None:
-    drop_twin(token, domain, top)
+def _take_back(token: SpmToken, domain: Domain, base: str, top: str, *, zero: bool) -> None:
+    drop_twin(token, domain, top, zero=zero)
     record = domain.record(top)
     if record.legality == mv.ILLEGAL:
         domain.write_record(token, top, record._replace(legality=mv.LEGAL))
     domain.set_note(token, base, None)
 
 
-def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str, slot: int) -> None:
+def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str, slot: int, *, zero: bool) -> None:
     below = domain.record(base)
     swap_twin(token, domain, top, image, below.parent, slot)
     record = domain.record(top)
@@ -170,6 +173,6 @@ def _finish(token: SpmToken, domain: Domain, image: str, base: str, top: str, sl
         merged = merged._replace(legality=mv.LEGAL, generation=mv.next_generation(record.generation))
         # Below version 3 the new file or volume has the permission of its role only now.
         set_role(token, domain, top, merged, record.voltype)
-    drop_twin(token, domain, top)
+    drop_twin(token, domain, top, zero=zero)
     # Alone, so in one step; its note goes with it.
-    remove_volumes(token, domain, image, [base], force=True)
+    remove_volumes(token, domain, image, [base], zero=zero, force=True)

@@ -205,9 +205,7 @@ class Rooted:
                 os.close(fd)
             os.fsync(parent)
 
-    def replace(
-        self, path: str, data: bytes, *, mode: int = 0o644, before: Callable[[], None] = lambda: None
-    ) -> None:
+    def replace(self, path: str, data: bytes, *, mode: int = 0o644, before: Callable[[], None] = lambda: None) -> None:
         """Put *data* in place of a file, new or old, so that a cut leaves one or the other.
 
         *before* is called when all is written, right before the file is

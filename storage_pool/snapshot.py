@@ -106,14 +106,16 @@ def _active_leaf(group: ImageGroup, previewed: str) -> str:
     return others[0]
 
 
-def undo_preview(token: SpmToken, domain: Domain, image: str, previewed: str) -> None:
-    """Drop a preview; the disk is what it was.  Raises: Illegal."""
+def undo_preview(token: SpmToken, domain: Domain, image: str, previewed: str, *, zero: bool = False) -> None:
+    """Drop a preview, with *zero* after overwriting its data; the disk is what it was.  Raises: Illegal."""
     _active_leaf(ImageGroup.load(domain, image), previewed)
-    remove_volumes(token, domain, image, [previewed])
+    remove_volumes(token, domain, image, [previewed], zero=zero)
 
 
-def commit_preview(token: SpmToken, domain: Domain, image: str, previewed: str) -> list[str]:
+def commit_preview(token: SpmToken, domain: Domain, image: str, previewed: str, *, zero: bool = False) -> list[str]:
     """Make the preview the disk: drop the active leaf and all between; returns what was dropped.
+
+    With *zero* the data of what is dropped are overwritten before.
 
     Raises: Illegal.
     """
@@ -124,5 +126,5 @@ def commit_preview(token: SpmToken, domain: Domain, image: str, previewed: str) 
     for volume in dropped:
         if group.records[volume].voltype == mv.SHARED:
             raise Illegal(f"the volume {volume} is a template", path=domain.name)
-    remove_volumes(token, domain, image, dropped)
+    remove_volumes(token, domain, image, dropped, zero=zero)
     return dropped

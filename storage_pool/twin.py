@@ -6,8 +6,11 @@ The twin of volume V is called ``V_MERGE``, what it replaced ``_remove_me_V``;
 older hosts used the same names.  Neither is a volume to any reader: a file
 without a record, a logical volume with the tag of unfinished ones.
 
-Invariant: V's lease and slot stay V's, under V's name.  :func:`swap_twin` may
-be cut at any point and called again.
+Invariant: V's lease and slot stay V's, under V's name, and nobody else gets the
+slot meanwhile.  On a V1 volume group the slot is a place on a device: there
+the record is in the twin's slot before V's name moves, and the old one is
+cleared after the old bytes are gone.  :func:`swap_twin` may be cut at any
+point and called again; with it every twin may be dropped.
 """
 
 from __future__ import annotations
@@ -19,17 +22,19 @@ from qcowlib.units import MiB, ceil_div
 from . import layout
 from .block_domain import BlockDomain
 from .domain import Domain
-from .errors import NotFound, UnsupportedVersion
+from .errors import MetadataError, NotFound, UnsupportedVersion
 from .file_domain import FileDomain
 from .ids import check_id
 from .lv_storage import open_logical_volume
+from .metadata_volume import RECORD_SIZE
+from .wiping import wipe
 
 if TYPE_CHECKING:
     from qcowlib.storage.base import Storage
 
     from .token import SpmToken
 
-__all__ = ["check_twins", "drop_twin", "make_twin", "open_twin", "swap_twin"]
+__all__ = ["drop_twin", "make_twin", "open_twin", "swap_twin"]
 
 
 def _names(volume: str) -> tuple[str, str]:
@@ -38,18 +43,9 @@ def _names(volume: str) -> tuple[str, str]:
 
 
 def _kind(domain: Domain) -> FileDomain | BlockDomain:
-    if isinstance(domain, FileDomain) or (isinstance(domain, BlockDomain) and domain.metadata.version > 0):
+    if isinstance(domain, FileDomain | BlockDomain):
         return domain
-    raise UnsupportedVersion(
-        "the slot of a V1 volume is its place on the device, which a merge by renames would change",
-        path=domain.name,
-        hint="Merge into the base instead.",
-    )
-
-
-def check_twins(domain: Domain) -> None:
-    """Raise UnsupportedVersion where volumes cannot have twins."""
-    _kind(domain)
+    raise UnsupportedVersion("volumes of such a domain have no twins", path=domain.name)
 
 
 def _folder(domain: FileDomain, volume: str) -> str:
@@ -59,7 +55,7 @@ def _folder(domain: FileDomain, volume: str) -> str:
 def make_twin(token: SpmToken, domain: Domain, volume: str, size: int) -> None:
     """Make an empty twin; on block storage with room for *size* bytes.  A former one is dropped.
 
-    Raises: UnsupportedVersion, NoSpace, StorageError, LvmError.
+    Raises: MetadataError where a V1 domain has no slot for it, NoSpace, StorageError, LvmError.
     """
     twin, _ = _names(volume)
     own = _kind(domain)
@@ -70,6 +66,9 @@ def make_twin(token: SpmToken, domain: Domain, volume: str, size: int) -> None:
     else:
         own.lvm.create_volume(own.uuid, twin, ceil_div(max(size, 1), MiB), [layout.TAG_INITIALIZING])
         own.changed()
+        if not own.metadata.version and own.place_slot(own.state.lv(twin)) is None:
+            drop_twin(token, domain, volume)
+            raise MetadataError("LVM put the volume where a V1 domain has no slot for it", path=own.name)
 
 
 def open_twin(domain: Domain, volume: str) -> Storage:
@@ -87,7 +86,8 @@ def swap_twin(token: SpmToken, domain: Domain, volume: str, image: str, parent: 
     if isinstance(own, FileDomain):
         _swap_file(token, own, volume)
     else:
-        _swap_logical_volume(token, own, volume, layout.volume_tags(slot, parent, image))
+        tags = layout.volume_tags(slot if own.metadata.version else None, parent, image)
+        _swap_logical_volume(token, own, volume, tags)
 
 
 def _swap_file(token: SpmToken, domain: FileDomain, volume: str) -> None:
@@ -107,6 +107,9 @@ def _swap_logical_volume(token: SpmToken, domain: BlockDomain, volume: str, tags
     mark = layout.TAG_INITIALIZING
     lvm, name = domain.lvm, domain.uuid
     if twin in domain.state.lvs and volume in domain.state.lvs:
+        slot = None if domain.metadata.version else domain.place_slot(domain.state.lv(twin))
+        if slot is not None:
+            domain.write_slot(token, slot, domain.read_record(volume))
         token.check()
         lvm.rename_volume(name, volume, old)
         domain.changed()
@@ -114,7 +117,9 @@ def _swap_logical_volume(token: SpmToken, domain: BlockDomain, volume: str, tags
         state = domain.state.lv(old)
         if mark not in state.tags:
             token.check()
-            domain.retag([old], add=[mark], remove=sorted(state.tags))
+            # The slot stays taken while no volume has its tag.
+            gone = sorted(tag for tag in state.tags if not tag.startswith(layout.TAG_SLOT))
+            domain.retag([old], add=[mark], remove=gone)
         token.check()
         lvm.rename_volume(name, twin, volume)
         domain.changed()
@@ -123,18 +128,31 @@ def _swap_logical_volume(token: SpmToken, domain: BlockDomain, volume: str, tags
         domain.retag([volume], add=tags, remove=[mark])
 
 
-def drop_twin(token: SpmToken, domain: Domain, volume: str) -> None:
-    """Remove a twin that was not swapped in, and what one that was has replaced."""
+def drop_twin(token: SpmToken, domain: Domain, volume: str, *, zero: bool = False) -> None:
+    """Remove a twin that was not swapped in, and what one that was has replaced; with *zero* after overwriting them."""
     own = _kind(domain)
     names = _names(volume)
     token.check()
     if isinstance(own, FileDomain):
-        for name in names:
-            own.root.unlink(f"{_folder(own, volume)}/{name}", missing_ok=True)
+        for path in (f"{_folder(own, volume)}/{name}" for name in names):
+            # A second link is the volume itself.
+            if zero and own.root.exists(path) and own.root.stat(path).st_nlink == 1:
+                with own.root.open(path, writable=True) as storage:
+                    wipe(token, storage, allocate=True)
+            own.root.unlink(path, missing_ok=True)
         return
     if volume not in own.state.lvs:
         raise NotFound(f"there is no volume {volume}", path=own.name)
     present = [name for name in names if name in own.state.lvs]
-    if present:
-        own.lvm.remove_volumes(own.uuid, present)
-        own.changed()
+    if not present:
+        return
+    if zero:
+        for name in present:
+            own.overwrite(token, name)
+    places = [] if own.metadata.version else [own.place_slot(own.state.lvs[name]) for name in present]
+    token.check()
+    own.lvm.remove_volumes(own.uuid, present)
+    own.changed()
+    for slot in places:
+        if slot is not None:
+            own.write_slot(token, slot, bytes(RECORD_SIZE))

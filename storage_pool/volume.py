@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IMAGE_FORMATS",
+    "ZERO_NOTE",
     "DomainReferences",
     "VolumeSpec",
     "check_spec",
@@ -54,6 +55,8 @@ __all__ = [
 _FIRST_BYTES: Final = 512
 #: The note of volumes that are about to be removed together.
 REMOVE_NOTE: Final = "remove"
+#: The end of the note of an operation that overwrites what it removes.
+ZERO_NOTE: Final = ":zero"
 
 
 class VolumeSpec(NamedTuple):
@@ -447,6 +450,9 @@ def remove_volumes(
     if len(volumes) > 1:
         _note_removal(token, domain, volumes, records, zero=zero)
     domain.mark_removed(token, image, volumes, zero=zero)
+    if (zero or discard) and domain.metadata.version < 3:
+        # There a volume that is no leaf has no permission to be written.
+        domain.set_writable(token, volumes, True)
     if zero:
         for volume in volumes:
             zero_from(token, domain, volume, 0, allocate=True)
@@ -454,7 +460,7 @@ def remove_volumes(
         for volume in volumes:
             with closing(domain.open_volume(volume, writable=True)) as storage:
                 give_back(token, storage)
-    domain.purge(token, image)
+    domain.purge(token, image, wiped=volumes)
     for parent in sorted({record.parent for record in records.values()} - going - {BLANK}):
         try:
             recheck_role(token, domain, parent)
@@ -472,7 +478,7 @@ def _note_removal(
     note that is there already is of an operation that ends with this removal.
     """
     others = {volume for volume, note in domain.notes().items() if not note.startswith(REMOVE_NOTE)}
-    note = REMOVE_NOTE + (":zero" if zero else "")
+    note = REMOVE_NOTE + (ZERO_NOTE if zero else "")
     legal = [volume for volume, record in records.items() if record.legality == mv.LEGAL]
     for part in (legal, [volume for volume in volumes if volume not in legal]):
         domain.set_notes(token, [volume for volume in part if volume not in others], note)
@@ -493,7 +499,7 @@ def recover_removals(token: SpmToken, domain: Domain) -> list[str]:
     removed = []
     for image, volumes in noted.items():
         if any(domain.record(volume).legality == mv.ILLEGAL for volume in volumes):
-            zero = notes[volumes[0]].endswith(":zero")
+            zero = notes[volumes[0]].endswith(ZERO_NOTE)
             remove_volumes(token, domain, image, volumes, zero=zero, force=True)
             removed += volumes
         else:

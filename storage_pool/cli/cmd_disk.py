@@ -43,8 +43,12 @@ def add_parsers(subjects: Subparsers, common: argparse.ArgumentParser) -> None:
     _add_snapshot_verbs(Subject(subjects, common, "snapshot", "snapshots of disks that nobody writes"))
 
 
+def _add_zero(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--zero", action="store_true", help="overwrite data before they are removed")
+
+
 def _add_wiping(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--zero", action="store_true", help="overwrite its data first")
+    _add_zero(parser)
     parser.add_argument("--discard", action="store_true", help="give its blocks back to the storage below")
 
 
@@ -113,6 +117,8 @@ def _add_snapshot_verbs(subject: Subject) -> None:
         ("delete", _delete, "merge a volume into its parent"),
     ):
         parser = add(verb, run, text, "image", "volume", example="/mnt/data $IMAGE $VOLUME")
+        if verb != "preview":
+            _add_zero(parser)
         if verb == "delete":
             text = "merge it with its child instead, into a new volume that takes the child's name"
             parser.add_argument("--by-renames", action="store_true", help=text)
@@ -308,18 +314,21 @@ def _preview(session: Session) -> int:
 
 
 def _undo(session: Session) -> int:
-    session.change(snapshot.undo_preview, session.domain(), session.args.image, session.args.volume)
+    arguments = session.args
+    session.change(snapshot.undo_preview, session.domain(), arguments.image, arguments.volume, zero=arguments.zero)
     return 0
 
 
 def _commit(session: Session) -> int:
     arguments = session.args
-    dropped = session.change(snapshot.commit_preview, session.domain(), arguments.image, arguments.volume)
+    dropped = session.change(
+        snapshot.commit_preview, session.domain(), arguments.image, arguments.volume, zero=arguments.zero
+    )
     return session.answer(dropped=dropped)
 
 
 def _delete(session: Session) -> int:
     arguments = session.args
     work = merge_swap.merge_by_swap if arguments.by_renames else merge.merge
-    made = session.change(work, session.domain(), arguments.image, arguments.volume)
+    made = session.change(work, session.domain(), arguments.image, arguments.volume, zero=arguments.zero)
     return session.answer(merged_into=made)

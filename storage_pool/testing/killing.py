@@ -100,7 +100,7 @@ class KillingDomain:
 def killed_child(step: int, call: Callable[[], object], *, programs: bool = False) -> bool:
     """Run *call* in a child process that is killed (SIGKILL) before its step number *step*, from 0.
 
-    With *programs* only the start of a program that is no report is a step.
+    With *programs* only the start of a program that is no report, and zeroing, is a step.
     Returns whether it was killed; ``False`` when it ended before.
 
     Raises: AssertionError when *call* raised; its traceback is on standard error.
@@ -146,8 +146,8 @@ def _die_at(step: int, programs: bool) -> None:
         return call
 
     sys.addaudithook(audit)
+    for name in ("zero",) if programs else _WRITES:
+        setattr(FileStorage, name, counted(getattr(FileStorage, name)))
     if programs:
         return
-    for name in _WRITES:
-        setattr(FileStorage, name, counted(getattr(FileStorage, name)))
     os.fsync = counted(os.fsync)

@@ -6,9 +6,11 @@ Invariant: L6.  After recovery the domain is clean and in the old or in the
 new state, and every disk reads what it read before or what it was to read.
 """
 
+import contextlib
 import functools
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 
@@ -280,16 +282,20 @@ def snapshot(domain, token, image, volumes):
 
 
 @pytest.mark.real("lvm", "losetup", "mke2fs")
-@pytest.mark.parametrize("version", [2, 5])
 @pytest.mark.parametrize(
-    ("act", "least", "change"),
+    ("act", "least", "change", "version"),
     [
-        (snapshot, 2, 1),
-        (merge_down, 4, -1),
-        (merge_renaming, 8, -1),
-        (copy, 5, 2),
-        (template, 3, 1),
-        (remove, 3, -2),
+        (act, least, change, version)
+        for act, least, change, versions in [
+            (snapshot, 2, 1, (2, 5)),
+            (merge_down, 4, -1, (2, 5)),
+            # In V1 the slot of a volume is its place, which the merged one does not inherit.
+            (merge_renaming, 8, -1, (0, 2, 5)),
+            (copy, 5, 2, (2, 5)),
+            (template, 3, 1, (2, 5)),
+            (remove, 3, -2, (2, 5)),
+        ]
+        for version in versions
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -316,3 +322,109 @@ def test_op21_killed_before_every_command_of_lvm(block_domain, token, act, least
         if not killed:
             break
     assert step >= least
+
+
+# What has to be overwritten before it goes.
+
+
+def freed(domain):
+    """Return what is not zero in the extents of no volume: whoever gets them next may read it."""
+    state = domain.state
+    (pv,) = state.pvs.values()
+    extent = state.vg.extent_size
+    places = [place for name in state.lvs for place in state.placements(name)]
+    taken = {place.offset + at for place in places for at in range(0, place.size, extent)}
+    found = b""
+    with open(Path(f"/sys/block/{pv.guid}/loop/backing_file").read_text().strip(), "rb") as below:
+        for start in set(range(pv.pe_start, pv.pe_start + pv.pe_count * extent, extent)) - taken:
+            at, end = start, start + extent
+            while (at := next_data(below, at, end)) < end:
+                hole = min(os.lseek(below.fileno(), at, os.SEEK_HOLE), end)
+                found += os.pread(below.fileno(), hole - at, at).strip(bytes(1))
+                at = hole
+    return found
+
+
+def next_data(file, at, end):
+    try:
+        return os.lseek(file.fileno(), at, os.SEEK_DATA)
+    except OSError:
+        return end
+
+
+def wiping_merge(domain, token, image, volumes):
+    mg.merge(token, domain, image, volumes[1], zero=True)
+
+
+def wiping_merge_renaming(domain, token, image, volumes):
+    ms.merge_by_swap(token, domain, image, volumes[0], zero=True)
+
+
+def wiping_commit(domain, token, image, volumes):
+    (look,) = set(ig.ImageGroup.load(domain, image).leaves()) - {volumes[-1]}
+    sn.commit_preview(token, domain, image, look, zero=True)
+
+
+def wiping_undo(domain, token, image, volumes):
+    (look,) = set(ig.ImageGroup.load(domain, image).leaves()) - {volumes[-1]}
+    sn.undo_preview(token, domain, image, look, zero=True)
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+@pytest.mark.parametrize(
+    ("act", "least", "version"),
+    [(wiping_merge, 6, 5), (wiping_merge_renaming, 11, 0), (wiping_commit, 6, 2), (wiping_undo, 3, 5)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_op21_nobody_reads_what_was_wiped_whenever_the_wiping_was_killed(block_domain, token, act, least, version):
+    """Before each command of LVM and each part of the wiping, and in recovery too."""
+    domain = block_domain(version)
+    for step in itertools.count():
+        image, volumes = make_disk(domain, token, 3)
+        if act in (wiping_commit, wiping_undo):
+            look = sn.preview(token, domain, image, volumes[0], ctime=CTIME)
+            with vol.open_image(domain, look, writable=True) as opened:
+                opened.pwrite(b"looked" * 1000, 300000)
+        before = set(disks(domain).values())
+        killed = killed_child(step, functools.partial(act, domain, token, image, volumes), programs=True)
+        domain.refresh()
+        assert freed(domain) == b"", step
+        if killed:
+            killed_child(step % 4, lambda: check.mend(token, domain), programs=True)
+            domain.refresh()
+            assert freed(domain) == b"", step
+            report = check.mend(token, domain)
+            assert report.clean and freed(domain) == b"", (step, report)
+        assert set(disks(domain).values()) <= before, step
+        group = ig.ImageGroup.load(domain, image)
+        vol.remove_volumes(token, domain, image, group.own(), zero=True, force=True)
+        assert freed(domain) == b"", step
+        if not killed:
+            break
+    assert step >= least
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+def test_another_removal_of_the_same_disk_does_not_free_what_is_still_to_be_wiped(block_domain, token):
+    domain = block_domain()
+    image, volumes = make_disk(domain, token, 4)
+    # Cut after the mark, before the wiping.
+    domain.mark_removed(token, image, [volumes[3]], zero=True)
+    domain.refresh()
+    mg.merge(token, domain, image, volumes[1], zero=True)
+    assert volumes[3] not in domain.entries() and freed(domain) == b""
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+@pytest.mark.parametrize("version", [2, 5])
+def test_what_a_base_gives_back_after_a_merge_is_wiped(block_domain, token, version):
+    domain = block_domain(version)
+    image, volumes = make_disk(domain, token, 3, capacity=300 * MIB)
+    with contextlib.closing(domain.open_volume(volumes[0], writable=True)) as storage:
+        assert storage.size == 384 * MIB
+        storage.write(200 * MIB, [b"old data" * 512])
+    mg.merge(token, domain, image, volumes[1], zero=True)
+    assert domain.size_of(volumes[0]) == 128 * MIB and freed(domain) == b""
+    assert domain.state.lv(volumes[0]).writable is (version == 5)
+    mg.merge(token, domain, image, volumes[2])
+    assert freed(domain) != b""

@@ -14,7 +14,7 @@ from storage_pool import merge as mg
 from storage_pool import merge_swap as ms
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
-from storage_pool.errors import Illegal, MetadataError, NotFound, UnsupportedVersion
+from storage_pool.errors import Illegal, MetadataError, NotFound
 from storage_pool.ids import make_id
 from storage_pool.testing.killing import Killed, KillingDomain
 from storage_pool.twin import make_twin
@@ -204,10 +204,34 @@ def test_a_merge_by_renames_that_fails_is_taken_back(file_domain, token, monkeyp
 
 
 @pytest.mark.real("lvm", "losetup", "mke2fs")
-def test_a_merge_by_renames_is_refused_on_v1_block_domains(block_domain, token):
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_merge_by_renames_on_a_v1_volume_group_moves_the_record_with_the_volume(block_domain, token, position):
+    """The slot of a V1 volume is its place on the device, and the merged one has another."""
+    domain = block_domain(0)
+    image, volumes, expected = chain_of(domain, token, 3)
+    top = volumes[position + 1]
+    before, slot = domain.record(top), domain.slot_of(top)
+    assert ms.merge_by_swap(token, domain, image, volumes[position]) == top
+    left = [volume for volume in volumes if volume != volumes[position]]
+    assert ig.ImageGroup.load(domain, image).chain() == left[::-1]
+    parent = volumes[0] if position else before.parent.replace(volumes[0], "00000000-0000-0000-0000-000000000000")
+    assert domain.record(top) == before._replace(parent=parent, generation=1)
+    assert domain.slot_of(top) != slot and not any(tag.startswith("MD_") for tag in domain.state.lv(top).tags)
+    with domain.special("metadata") as storage:
+        old = bytearray(512)
+        storage.read_into(slot * 512, [old])
+    assert not any(old)
+    assert domain.state.lv(top).writable is (position == 1)
+    assert reads(domain, left[-1]) == expected and clean(domain, image)
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+def test_a_twin_outside_of_the_mapping_is_refused_on_v1(block_domain, token, monkeypatch):
     domain = block_domain(0)
     image, volumes, expected = chain_of(domain, token, 2)
-    with pytest.raises(UnsupportedVersion):
+    real = domain.place_slot
+    monkeypatch.setattr(domain, "place_slot", lambda lv: None if lv.name.endswith("_MERGE") else real(lv))
+    with pytest.raises(MetadataError, match="no slot"):
         ms.merge_by_swap(token, domain, image, volumes[0])
     assert reads(domain, volumes[1]) == expected and clean(domain, image)
 

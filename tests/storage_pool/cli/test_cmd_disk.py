@@ -40,8 +40,12 @@ def test_life_of_a_disk(qpool, mount):
     taken = qpool("snapshot", "create", mount, image)
     assert taken["snapshot"] == base
     look = qpool("snapshot", "preview", mount, image, base)["preview"]
-    qpool("snapshot", "undo", mount, image, look)
-    assert qpool("snapshot", "delete", mount, image, taken["leaf"]) == {"merged_into": base}
+    (dropped,) = mount.glob(f"*/images/{image}/{look}")
+    (mount / "kept").hardlink_to(dropped)
+    qpool("snapshot", "undo", mount, image, look, "--zero")
+    assert not any((mount / "kept").read_bytes())
+    (mount / "kept").unlink()
+    assert qpool("snapshot", "delete", mount, image, taken["leaf"], "--zero") == {"merged_into": base}
     assert qpool("volume", "extend", mount, base, "128M")["capacity"] == 128 << 20
     template = qpool("template", "create", mount, image, "--description", "t")
     thin = qpool("volume", "create", mount, "128M", "--parent", template["volume"])

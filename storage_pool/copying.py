@@ -10,7 +10,7 @@ durable on return.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import qcowlib
@@ -26,7 +26,7 @@ from qcowlib.units import round_down, round_up
 if TYPE_CHECKING:
     from .token import SpmToken
 
-__all__ = ["Progress", "carry_bitmaps", "copy_disk", "copy_layers", "layers_size", "no_progress"]
+__all__ = ["Progress", "carry_bitmaps", "copy_disk", "copy_layers", "good_bitmaps", "layers_size", "no_progress"]
 
 Progress = Callable[[int, int], object]
 
@@ -133,8 +133,13 @@ def layers_size(image: qcowlib.Image, depth: int, *, zeros: bool = False) -> int
     return measure(image.size).required + used
 
 
-def carry_bitmaps(source: qcowlib.Image, target: qcowlib.Image) -> list[str]:
-    """Let bitmaps of *target* also record what those of *source* have; returns their names.
+def good_bitmaps(image: qcowlib.Image) -> list[str]:
+    """Return the names of an image's bitmaps that record, and were saved."""
+    return [one.name for one in image.bitmaps() if one.enabled and not one.inconsistent]
+
+
+def carry_bitmaps(source: qcowlib.Image, target: qcowlib.Image, names: Collection[str] | None = None) -> list[str]:
+    """Let bitmaps of *target* also record what those of *source* have (all, or *names*); returns their names.
 
     Both are single layers of one size.  Bitmaps that are disabled or were not
     saved are of no use to anybody: those of the target are removed, those of
@@ -146,7 +151,7 @@ def carry_bitmaps(source: qcowlib.Image, target: qcowlib.Image) -> list[str]:
     present = {one.name for one in target.bitmaps()}
     carried = []
     for one in source.bitmaps():
-        if one.inconsistent or not one.enabled:
+        if one.inconsistent or not one.enabled or (names is not None and one.name not in names):
             continue
         if one.name not in present:
             target.add_bitmap(one.name, one.granularity)

@@ -25,14 +25,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
-from qcowlib.errors import Error
+from qcowlib.errors import Busy, Error
 from qcowlib.jobs.measure import measure
 from qcowlib.qcow2.check import check
 
 from . import metadata_volume as mv
 from .copying import carry_bitmaps, copy_layers, layers_size
 from .domain import Domain
-from .errors import Illegal, NotFound
+from .errors import Illegal, LvmError, NotFound
 from .image_group import ImageGroup, backing_of
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
 from .sizes import CHUNK, max_size, optimal_cow_size
@@ -276,4 +276,8 @@ def _reduce(token: SpmToken, domain: Domain, base: str, *, zero: bool) -> None:
         # The merge is done; space is no reason to undo it.
         return
     size = optimal_cow_size(report.image_end_offset, record.capacity, leaf=False)
-    domain.reduce(token, base, size, zero=zero)
+    try:
+        domain.reduce(token, base, size, zero=zero)
+    except (Busy, LvmError):
+        # Nor is that it is in use; what it does not need stays its own.
+        return

@@ -28,7 +28,7 @@ import qcowlib
 from qcowlib.qcow2.create import create, create_raw
 
 from . import metadata_volume as mv
-from .copying import carry_bitmaps, copy_disk, copy_layers, layers_size
+from .copying import carry_bitmaps, copy_disk, copy_layers, good_bitmaps, layers_size
 from .domain import Domain
 from .errors import Illegal, NotFound
 from .ids import BLANK
@@ -149,9 +149,15 @@ def _fill(token: SpmToken, domain: Domain, base: VolumeMetadata, top: str) -> No
             else:
                 copy_layers(token, source, target, 2, below=source.layers[2].size)
             if merged.format == COW and domain.metadata.version >= 4:
-                for volume in (record.parent, top):
-                    with open_image(domain, volume, allow_illegal=True, backing=False) as part:
-                        carry_bitmaps(part, target)
+                _carry(domain, record.parent, top, target)
+
+
+def _carry(domain: Domain, base: str, top: str, target: qcowlib.Image) -> None:
+    """Give the merged image the bitmaps of both; one of the base alone did not record what was written to top."""
+    with open_image(domain, top, allow_illegal=True, backing=False) as above:
+        with open_image(domain, base, allow_illegal=True, backing=False) as below:
+            carry_bitmaps(below, target, good_bitmaps(above))
+        carry_bitmaps(above, target)
 
 
 def _take_back(token: SpmToken, domain: Domain, base: str, top: str, *, zero: bool) -> None:

@@ -9,12 +9,14 @@ import subprocess
 
 import pytest
 
+from qcowlib.errors import Busy
+from qcowlib.jobs.measure import measure
 from storage_pool import image_group as ig
 from storage_pool import merge as mg
 from storage_pool import merge_swap as ms
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
-from storage_pool.errors import Illegal, MetadataError, NotFound
+from storage_pool.errors import Illegal, LvmError, MetadataError, NotFound
 from storage_pool.ids import make_id
 from storage_pool.testing.killing import Killed, KillingDomain
 from storage_pool.twin import make_twin
@@ -105,11 +107,12 @@ def test_preview_undo_and_commit(make_domain, token):
         sn.preview(token, domain, image, look, ctime=CTIME)
 
 
-@pytest.mark.parametrize("position", [1, 2])
+@pytest.mark.parametrize(("length", "position"), [(2, 1), (3, 2), (4, 1), (4, 2)])
 @pytest.mark.parametrize("options", [{"format": "RAW", "type": "PREALLOCATED"}, {"format": "COW"}], ids=["raw", "cow"])
-def test_op03_op04_op07_merge_keeps_the_disk_and_shortens_its_chain(make_domain, token, position, options):
+def test_op03_op04_op07_merge_keeps_the_disk_and_shortens_its_chain(make_domain, token, length, position, options):
     domain = make_domain()
-    image, volumes, expected = chain_of(domain, token, 3, **options)
+    image, volumes, expected = chain_of(domain, token, length, **options)
+    records = {volume: domain.record(volume) for volume in volumes}
     base = volumes[position - 1]
     assert mg.merge(token, domain, image, volumes[position]) == base
     left = [volume for volume in volumes if volume != volumes[position]]
@@ -120,8 +123,12 @@ def test_op03_op04_op07_merge_keeps_the_disk_and_shortens_its_chain(make_domain,
     assert (record.legality, record.generation, record.voltype) == (
         "LEGAL",
         1,
-        "LEAF" if position == 2 else "INTERNAL",
+        "LEAF" if position == length - 1 else "INTERNAL",
     )
+    # Of the others only the parent of what stood on the merged one is another.
+    for volume in set(left) - {base}:
+        child = volume == (volumes[position + 1] if position + 1 < length else None)
+        assert domain.record(volume) == (records[volume]._replace(parent=base) if child else records[volume])
     assert clean(domain, image)
 
 
@@ -268,6 +275,53 @@ def test_twins_without_a_note_are_leftovers(make_domain, token):
 
 
 @pytest.mark.real("lvm", "losetup", "mke2fs")
+def test_op02_room_is_made_in_the_base_before_anything_else_is_changed(block_domain, token, runner):
+    domain = block_domain()
+    image, volumes, expected = chain_of(domain, token, 3, capacity=10 << 30)
+    with vol.open_image(domain, volumes[1], writable=True, allow_illegal=True) as middle:
+        middle.pwrite(b"m" * (200 * MIB), 512 * MIB)
+    domain.reduce(token, volumes[0], 128 * MIB)
+    with vol.open_image(domain, volumes[1]) as merged:
+        needed = measure(merged).required
+    before = len(runner.runs)
+    mg.merge(token, domain, image, volumes[1])
+    grown, *later = [argv for argv in runner.runs[before:] if argv[0] == "lvm" and argv[1] != "fullreport"]
+    assert grown[1] == "lvextend" and grown[-1] == f"{domain.uuid}/{volumes[0]}"
+    mib = int(grown[grown.index("--size") + 1].removesuffix("m"))
+    # An internal volume gets what both hold, without a chunk more.
+    assert 0 <= mib * MIB - needed < 2 * MIB and "lvextend" not in [argv[1] for argv in later]
+    assert domain.size_of(volumes[0]) == -(-needed // SIZE) * SIZE
+    assert reads(domain, volumes[2]) == expected and clean(domain, image)
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+@pytest.mark.parametrize("error", [Busy("in use"), LvmError("lvm lvreduce: no")], ids=["busy", "lvm"])
+def test_op06_a_base_that_cannot_be_shrunk_keeps_the_merge(block_domain, token, monkeypatch, error):
+    domain = block_domain()
+    image, volumes, expected = chain_of(domain, token, 3, capacity=6 << 30)
+
+    def refuse(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(domain, "reduce", refuse)
+        mg.merge(token, domain, image, volumes[1])
+    assert ig.ImageGroup.load(domain, image).chain() == [volumes[2], volumes[0]]
+    assert domain.size_of(volumes[0]) == 2560 * MIB and domain.record(volumes[0]).legality == "LEGAL"
+    assert reads(domain, volumes[2]) == expected and clean(domain, image)
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+def test_op06_a_preallocated_base_is_not_shrunk(block_domain, token):
+    domain = block_domain()
+    image, volumes, expected = chain_of(domain, token, 3, type="PREALLOCATED", capacity=3 * SIZE)
+    before = domain.size_of(volumes[0])
+    mg.merge(token, domain, image, volumes[1])
+    assert domain.size_of(volumes[0]) == before >= 3 * SIZE
+    assert reads(domain, volumes[2]) == expected and clean(domain, image)
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
 def test_op06_an_internal_base_is_shrunk_and_a_leaf_is_not(block_domain, token):
     domain = block_domain()
     image, volumes, _ = chain_of(domain, token, 3, capacity=6 << 30)
@@ -282,6 +336,11 @@ def test_op06_an_internal_base_is_shrunk_and_a_leaf_is_not(block_domain, token):
 def test_op01_what_may_not_be_merged_is_refused_before_any_change(make_domain, token):
     domain = make_domain()
     image, volumes, expected = chain_of(domain, token, 3)
+
+    def everything():
+        return domain.entries(), {volume: domain.read_record(volume) for volume in domain.entries()}, domain.notes()
+
+    before = everything()
     with pytest.raises(Illegal, match="no parent"):
         mg.merge(token, domain, image, volumes[0])
     with pytest.raises(NotFound):
@@ -290,9 +349,16 @@ def test_op01_what_may_not_be_merged_is_refused_before_any_change(make_domain, t
     with pytest.raises(Illegal, match="other children"):
         mg.merge(token, domain, image, volumes[1])
     sn.undo_preview(token, domain, image, look)
-    vol.update_volume(token, domain, volumes[2], legality="ILLEGAL")
-    with pytest.raises(Illegal, match="is ILLEGAL"):
-        mg.merge(token, domain, image, volumes[1])
+    assert everything() == before
+    for bad in volumes:
+        # Whichever of the chain it is.
+        domain.write_record(token, bad, domain.record(bad)._replace(legality="ILLEGAL"))
+        told = everything()
+        with pytest.raises(Illegal, match="is ILLEGAL"):
+            mg.merge(token, domain, image, volumes[1])
+        assert everything() == told
+        domain.write_record(token, bad, domain.record(bad)._replace(legality="LEGAL"))
+    assert everything() == before
     assert reads(domain, volumes[2]) == expected
 
 

@@ -92,6 +92,8 @@ def test_op08_merge_adds_and_merges_valid_bitmaps_and_prunes_the_others(make_dom
     jobs.add_bitmap(token, domain, base, "both")
     write(domain, base, 0, b"1" * 65536)
     jobs.add_bitmap(token, domain, base, "stale", enabled=False)
+    # The snapshot has none of this name, so nothing recorded what was written to it.
+    jobs.add_bitmap(token, domain, base, "below")
     top = sn.create_snapshot(token, domain, image, ctime=CTIME)
     for name in ("both", "new"):
         jobs.add_bitmap(token, domain, top, name)
@@ -104,6 +106,8 @@ def test_op08_merge_adds_and_merges_valid_bitmaps_and_prunes_the_others(make_dom
     found = bitmaps(domain, top if renaming else base)
     assert found["new"] == [(MIB, 65536)]
     assert found["both"] == [(0, 65536), (MIB, 65536)]
+    # Merging into the base is itself recorded there; a new image has no such record and must not pretend to.
+    assert found.pop("below", None) == (None if renaming else [(MIB, 65536)])
     assert set(found) == {"both", "new"}
     assert check_domain(domain).clean
 

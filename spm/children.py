@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from qcowlib.runtime import new_condition
 from storage_pool.errors import ProcessError
 from storage_pool.process import Completed, SystemRunner
 
 from .errors import LeaseLost
 from .lease_watch import LeaseToken
 
-__all__ = ["GuardedRunner"]
+__all__ = ["GuardedRunner", "HelperPrograms"]
 
 _DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 #: Runs a program until a moment, in hundredths of a second since boot; not at all after it.
@@ -78,6 +79,28 @@ class GuardedRunner:
             raise ProcessError(f"{argv[0]} was ended, its time or the lease was over", returncode=done.returncode)
         return done._replace(argv=tuple(argv))
 
-    def kill(self) -> None:
-        """End all programs now: the lease is lost."""
-        self._inner.kill()
+    def kill(self) -> bool:
+        """End all programs now and start no more: the term is over; returns whether none is left."""
+        return self._inner.close()
+
+
+class HelperPrograms:
+    """One runner for each term, whoever needs one: *killers*, of the service, has that of the present term."""
+
+    def __init__(self, make: Callable[[LeaseToken], GuardedRunner], killers: list[Callable[[], bool]]) -> None:
+        self._make = make
+        self._killers = killers
+        self._guard = new_condition()
+        self._present: tuple[LeaseToken, GuardedRunner] | None = None
+
+    def of(self, token: LeaseToken) -> GuardedRunner:
+        """Return what runs the programs of *token*'s term.  Raises: LeaseLost when that is over and another began."""
+        with self._guard:
+            if self._present is not None and self._present[0] is token:
+                return self._present[1]
+            if not token.valid:
+                raise LeaseLost("this term is over, no program is run in it")
+            runner = self._make(token)
+            self._present = token, runner
+            self._killers[:] = [runner.kill]
+            return runner

@@ -40,6 +40,8 @@ __all__ = ["FENCE_CONFIRMATION", "PoolRecord", "SpmHost", "SpmService", "SpmStat
 
 #: What a person must say before a host's role is declared over.
 FENCE_CONFIRMATION = "the host is off"
+#: Between two looks whether helper programs ended, in seconds.
+_END_S = 0.05
 
 
 class PoolRecord(NamedTuple):
@@ -94,7 +96,8 @@ class SpmService:
     """One pool's manager on one host.
 
     *lease* is the pool's, *steps* what follows the epoch, *killers* end
-    helper programs when the lease is lost.
+    helper programs when the lease is lost or given back, and tell whether
+    none is left.
     """
 
     def __init__(self, host: SpmHost, lease: Lease, terms: Terms, steps: Sequence[Step] = ()) -> None:
@@ -105,7 +108,7 @@ class SpmService:
         self._undos: list[tuple[str, Callable[[], None]]] = []
         self._own_epoch = 0
         self._dropped = False
-        self.killers: list[Callable[[], None]] = []
+        self.killers: list[Callable[[], bool]] = []
         self.role: Role = "Free"
         self.token: LeaseToken | None = None
 
@@ -211,14 +214,19 @@ class SpmService:
         token.give_up()
 
     def _release(self) -> None:
-        for kill in self.killers:
-            kill()
+        self._end_helpers()
         # A daemon that is gone, or that lost the lease, has nothing to release.
         with contextlib.suppress(LeaseError):
             if self._dropped:
                 self._host.leases.drop(self._lease)
             else:
                 self._host.leases.release(self._lease)
+
+    def _end_helpers(self) -> None:
+        """End helper programs; one that is stuck in the kernel is waited for until its write landed or never will."""
+        end_s = self._host.clock() + self._host.timing.landing_s
+        while False in [kill() for kill in self.killers] and self._host.clock() < end_s:
+            self._host.sleep(_END_S)
 
     # -- what others ask -----------------------------------------------------
 

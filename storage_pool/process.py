@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from .errors import ProcessError, printable
 
@@ -27,6 +27,8 @@ __all__ = ["Completed", "ProcessRunner", "SystemRunner"]
 OUTPUT_LIMIT = 64 << 20
 #: Processes of one runner at once; more LVM commands only wait for each other's locks.
 PROCESS_LIMIT = 10
+#: Exit status of helpers that kill what they run.
+_KILLED = 137
 
 
 class Completed(NamedTuple):
@@ -71,7 +73,7 @@ class SystemRunner:
     Programs also get the descriptors that *inherit* returns.
     """
 
-    __slots__ = ("_env", "_inherit", "_running", "slots")
+    __slots__ = ("_closed", "_env", "_guard", "_inherit", "_killed", "_running", "slots")
 
     def __init__(
         self,
@@ -83,6 +85,10 @@ class SystemRunner:
         self._env = {"PATH": path, "LC_ALL": "C"}
         self._inherit = inherit
         self._running: set[int] = set()
+        #: Groups that were killed, of which something may be stuck in the kernel.
+        self._killed: set[int] = set()
+        self._guard = threading.Lock()
+        self._closed = False
         self.slots = threading.BoundedSemaphore(limit)
 
     def run(
@@ -103,23 +109,12 @@ class SystemRunner:
             if report_variable is not None:
                 passed = (*passed, report.fileno())
                 variables[report_variable] = str(report.fileno())
-            try:
-                process = subprocess.Popen(
-                    list(argv),
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=err,
-                    env=variables,
-                    pass_fds=passed,
-                    start_new_session=True,
-                    close_fds=True,
-                )
-            except (OSError, ValueError) as error:
-                raise ProcessError(f"cannot run {printable(argv[0])}: {printable(str(error))}") from error
-            self._running.add(process.pid)
+            process = self._start(argv, (out, err), variables, passed)
             try:
                 returncode = _wait(process, argv[0], timeout_s)
             finally:
+                if process.returncode in (None, -signal.SIGKILL, _KILLED):
+                    self._killed.add(process.pid)
                 self._running.discard(process.pid)
             streams = []
             for stream in (out, err, report):
@@ -127,11 +122,57 @@ class SystemRunner:
                 streams.append(stream.read(OUTPUT_LIMIT))
         return Completed(tuple(argv), returncode, *streams)
 
-    def kill(self) -> None:
-        """End all programs that run now; their callers see how they ended."""
-        for pid in tuple(self._running):
+    def _start(
+        self, argv: Sequence[str], streams: tuple[IO[bytes], IO[bytes]], env: Mapping[str, str], passed: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
+        # One that is being started is either not started or known to be running.
+        with self._guard:
+            if self._closed:
+                raise ProcessError(f"{printable(argv[0])} was not started, the time for it is over")
+            try:
+                process = subprocess.Popen(
+                    list(argv),
+                    stdin=subprocess.DEVNULL,
+                    stdout=streams[0],
+                    stderr=streams[1],
+                    env=env,
+                    pass_fds=passed,
+                    start_new_session=True,
+                    close_fds=True,
+                )
+            except (OSError, ValueError) as error:
+                raise ProcessError(f"cannot run {printable(argv[0])}: {printable(str(error))}") from error
+            self._running.add(process.pid)
+        return process
+
+    def close(self) -> bool:
+        """Start no more programs, and end those that run; their callers see how they ended.
+
+        Returns whether none is left, nor anything that they started; one that
+        is stuck in the kernel ends when its I/O returns.  Ask again by another call.
+        """
+        with self._guard:
+            self._closed = True
+            running = set(self._running)
+        for pid in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
+        groups = running | self._killed
+        return not groups or groups.isdisjoint(_groups_alive())
+
+
+def _groups_alive() -> set[int]:
+    """Return the process groups in which something lives."""
+    found = set()
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if not name.isdecimal():
+            continue
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            # The name of the program, in parentheses, may hold anything.
+            state, _parent, group = file.read().rpartition(b")")[2].split()[:3]
+            if state not in (b"Z", b"X"):
+                found.add(int(group))
+    return found
 
 
 def _wait(process: subprocess.Popen[bytes], name: str, timeout_s: float) -> int:

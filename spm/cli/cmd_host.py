@@ -194,6 +194,7 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
     from contextlib import closing
     from pathlib import Path
 
+    from spm.children import HelperPrograms
     from spm.cli.place import Place, clock, guarded, lease_manager, pool_lease
     from spm.cli.running import HostLoop, Mailbox, Monitors, run_host
     from spm.duties import PoolDuties, open_mailbox
@@ -224,15 +225,14 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
     terms = MasterTerms(place.open_master)
 
     def connect(token: LeaseToken) -> Engine:
-        runner = guarded(token, inherit)
-        service.killers[:] = [runner.kill]
-        return place.engine(token, runner)
+        return place.engine(token, helpers.of(token))
 
     def say(text: str) -> None:
         os.write(2, f"qpool: {text}\n".encode("utf-8", "backslashreplace"))
 
     duties = PoolDuties(place.open_master, connect, say)
     service = SpmService(own, lease, terms, duties.steps())
+    helpers = HelperPrograms(lambda token: guarded(token, inherit), service.killers)
     election = Election(arguments.host_id, election_timing(timing), willing=arguments.contend)
     host = PoolHost(
         own, area, lease, terms, service, election, _tell(output), duties=duties, priority=arguments.priority
@@ -242,9 +242,7 @@ def _supervise(arguments: argparse.Namespace, output: Output, timing: object) ->
         token = service.token
         if token is None:
             return 1
-        runner = guarded(token, inherit)
-        service.killers[:] = [runner.kill]
-        return main(argv, token=token, runner=runner)
+        return main(argv, token=token, runner=helpers.of(token))
 
     monitors = Monitors(place.monitor, place.members, max(1.0, timing.io_timeout_s))
 

@@ -4,12 +4,13 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from qcowlib.errors import UsageError
-from spm.children import GuardedRunner
+from spm.children import GuardedRunner, HelperPrograms
 from spm.errors import LeaseHeld, LeaseLost
 from spm.lease_watch import LeaseToken, LeaseWatch
 from spm.proof import LeaseProof
@@ -67,7 +68,7 @@ class Host:
         host = SpmHost(host_id, self.leases, TIMING, lambda: storage.now_s, storage.sleep, panic)
         steps = [Step(name, lambda token, name=name: self.do(name), lambda name=name: self.undo(name)) for name in "ab"]
         self.service = SpmService(host, SDM, storage, steps)
-        self.service.killers.append(lambda: self.log.append("kill"))
+        self.service.killers.append(lambda: not self.log.append("kill"))
 
     def do(self, name):
         if self.fail == name:
@@ -237,6 +238,63 @@ def test_s2_helper_program_ends_at_the_deadline_by_itself(clock):
         GuardedRunner(clock.token, lambda: clock.now_s, tuple).run(["sleep", "100"])
 
 
+def test_s1_no_helper_program_starts_after_all_were_ended(clock):
+    """Its starter may have been past the check of the token by then."""
+    runner = GuardedRunner(clock.token, lambda: clock.now_s, tuple)
+    assert runner.kill()
+    with pytest.raises(ProcessError, match="was not started"):
+        runner.run(["true"])
+
+
+def test_s1_all_helper_programs_of_a_term_have_ended_when_the_lease_is_given_back(tmp_path):
+    storage = Storage()
+    storage.sleep = time.sleep
+    member = Host(storage, 1)
+    token = member.service.start()
+    made = HelperPrograms(lambda token: GuardedRunner(token, lambda: storage.now_s, tuple), member.service.killers)
+    ended, started = [], []
+
+    def run(number):
+        with pytest.raises(ProcessError, match="was ended"):
+            made.of(token).run(["sh", "-c", f"echo >{tmp_path}/{number}; sleep 100; :"])
+        ended.append(number)
+
+    for number in range(3):
+        started.append(threading.Thread(target=run, args=(number,)))
+        started[-1].start()
+    while len(list(tmp_path.iterdir())) < 3:
+        assert all(thread.is_alive() for thread in started)
+    runner = made.of(token)
+    member.service.stop()
+    assert runner.kill()
+    for thread in started:
+        thread.join()
+    assert sorted(ended) == [0, 1, 2]
+    with pytest.raises(LeaseLost):
+        made.of(token).run(["true"])
+
+
+def test_s1_a_helper_program_that_is_stuck_keeps_the_lease_until_its_write_landed():
+    storage = Storage()
+    member = Host(storage, 1)
+    member.service.start()
+    left = iter([False, False, False])
+
+    def kill():
+        member.log.append("kill")
+        return next(left, True)
+
+    member.service.killers[:] = [kill]
+    member.service.stop()
+    assert member.log[-4:] == ["kill"] * 4
+    member.service.start()
+    member.service.killers[:] = [lambda: False]
+    before_s = storage.now_s
+    member.service.stop()
+    assert TIMING.landing_s <= storage.now_s - before_s <= TIMING.landing_s + 1
+    assert member.service.role == "Free"
+
+
 def test_s2_helper_program_does_not_run_when_its_starter_was_stopped_past_the_deadline(clock, tmp_path):
     """As a process is that is stopped after its last check, before the program runs."""
 
@@ -259,7 +317,7 @@ def test_s2_helper_program_ends_with_the_process_that_started_it(tmp_path, proje
     program = f"""
 import os, signal, threading, time
 from tests.spm.test_service import Clock
-from spm.children import GuardedRunner
+from spm.children import GuardedRunner, HelperPrograms
 clock = Clock()
 clock.token.watch.timing = clock.token.watch.timing._replace(io_timeout_s=10.0)
 runner = GuardedRunner(clock.token, lambda: clock.now_s, tuple)

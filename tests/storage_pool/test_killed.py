@@ -10,6 +10,8 @@ import contextlib
 import functools
 import itertools
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,11 @@ from storage_pool import snapshot as sn
 from storage_pool import transfer as tr
 from storage_pool import upgrade as up
 from storage_pool import volume as vol
+from storage_pool.block_domain import BlockDomain
 from storage_pool.file_domain import FileDomain
 from storage_pool.ids import make_id
 from storage_pool.testing.killing import killed_child
+from storage_pool.testing.lvm import attached, local_lvm
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -428,3 +432,58 @@ def test_what_a_base_gives_back_after_a_merge_is_wiped(block_domain, token, vers
     assert domain.state.lv(volumes[0]).writable is (version == 5)
     mg.merge(token, domain, image, volumes[2])
     assert freed(domain) != b""
+
+
+# The upgrade of a volume group: every write and every command of LVM.
+
+
+@pytest.fixture
+def copied_group(tmp_path, block_domain):
+    """Give fresh copies of a prepared block domain, each on a device of its own."""
+    numbers = itertools.count()
+
+    @contextlib.contextmanager
+    def copy(domain):
+        (pv,) = domain.state.pvs.values()
+        folder = tmp_path / f"copy{next(numbers)}"
+        folder.mkdir()
+        below = Path(f"/sys/block/{pv.guid}/loop/backing_file").read_text().strip()
+        subprocess.run(["cp", "--sparse=always", below, folder / "lun"], check=True)
+        with attached([folder / "lun"]) as devices:
+            yield BlockDomain.open(local_lvm(folder / "host", devices), domain.uuid)
+        shutil.rmtree(folder)
+
+    return copy
+
+
+@pytest.mark.real("lvm", "losetup", "mke2fs")
+@pytest.mark.parametrize(("start", "end", "least"), [(0, 2, 5), (2, 3, 11), (3, 4, 7), (4, 5, 7)])
+def test_op21_an_upgrade_of_a_volume_group_killed_at_every_write_and_command(
+    block_domain, copied_group, token, start, end, least
+):
+    """The domain reads at each point, as the old version or the new one; run again, the upgrade ends."""
+    domain = block_domain(start)
+    _, volumes = make_disk(domain, token, 2)
+    before, keys = disks(domain), domain.metadata.raw
+    for step in itertools.count():
+        with copied_group(domain) as copy:
+            act = functools.partial(up.upgrade, token, copy, end, ctime=CTIME)
+            killed = killed_child(step, act)
+            copy.refresh()
+            assert copy.metadata.version == end if not killed else copy.metadata.version in (start, end), step
+            assert disks(copy) == before, step
+            if killed:
+                killed_child(step % 5, act)
+                copy.refresh()
+                assert disks(copy) == before, step
+                assert act() == []
+            assert copy.metadata.version == end and disks(copy) == before, step
+            assert check.check_domain(copy).clean, step
+            assert copy.metadata.raw.keys() >= keys.keys() - {"LOGBLKSIZE", "PHYBLKSIZE"}
+            for volume in volumes:
+                record = copy.record(volume)
+                assert copy.read_record(volume) == record.to_slot(end), step
+                assert record.generation == domain.record(volume).generation
+        if not killed:
+            break
+    assert step >= least

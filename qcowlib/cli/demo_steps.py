@@ -37,6 +37,7 @@ from qcowlib.units import MiB, human_size
 __all__ = ["STEPS", "write_load"]
 
 LAYERS = 8
+_TURNS = 3
 TREES = ("/usr/bin", "/usr/lib", "/usr/share", "/etc")
 
 
@@ -109,19 +110,23 @@ def make_disk(demo: Demo) -> tuple[str, Figures]:
 
 def convert_plain(demo: Demo) -> tuple[str, Figures]:
     """raw to qcow2; the guest's bytes must be those of the raw file."""
-    disk, image = demo.path("disk.raw"), demo.path("disk.qcow2")
-    started = time.monotonic()
-    with demo.progress("convert") as report:
-        qcowlib.convert(disk, image, source_format="raw", format="qcow2", cache="unsafe", progress=report)
-    ours = time.monotonic() - started
+    disk, image, other = demo.path("disk.raw"), demo.path("disk.qcow2"), demo.path("qemu.qcow2")
+    ours, theirs = [], []
+    # By turns: who comes first finds the source as its maker left it, on its way to storage.
+    for _ in range(_TURNS):
+        started = time.monotonic()
+        with demo.progress("convert") as report:
+            qcowlib.convert(disk, image, source_format="raw", format="qcow2", cache="unsafe", progress=report)
+        ours.append(time.monotonic() - started)
+        if demo.judge:
+            theirs.append(_timed_qemu(demo, "convert", "-f", "raw", "-O", "qcow2", disk, other))
     _same(demo, _hash_image(image), _hash(disk), "the converted image", demo.size)
     demo.judge.check(image)
     demo.judge.compare(disk, "raw", image, "qcow2")
-    text, figures = f"{human_size(image.stat().st_size)}", {"seconds-ours": ours, "file-size": image.stat().st_size}
-    if demo.judge:
-        theirs = _timed_qemu(demo, "convert", "-f", "raw", "-O", "qcow2", disk, demo.path("qemu.qcow2"))
-        text += f", {theirs / ours:.1f} times as fast as qemu-img"
-        figures["seconds-qemu-img"] = theirs
+    text, figures = f"{human_size(image.stat().st_size)}", {"seconds-ours": min(ours), "file-size": image.stat().st_size}
+    if theirs:
+        text += f", {min(theirs) / min(ours):.1f} times as fast as qemu-img"
+        figures["seconds-qemu-img"] = min(theirs)
     return text, figures
 
 

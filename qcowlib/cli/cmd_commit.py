@@ -81,8 +81,10 @@ def _base_path(ref: ImageRef, image: Image, wanted: str | None) -> str | None:
     """
     if wanted is None:
         return None
+    from qcowlib.qcow2.image import Qcow2Image
+
     for above, below in pairwise(image.layers):
-        stored = os.fsdecode(above.header.backing_file or b"")
+        stored = os.fsdecode((isinstance(above, Qcow2Image) and above.header.backing_file) or b"")
         if has_protocol(wanted) or has_protocol(stored):
             found = wanted in (stored, below.storage.name)
         else:

@@ -27,7 +27,7 @@ from pathlib import Path
 import qcowlib
 from qcowlib.cli.demo import Demo, Figures, Problem, Step
 from qcowlib.cli.demo_beyond import carry_difference, draw_picture, find_silent_damage, salvage_damaged
-from qcowlib.cli.demo_nbd import serve_disk
+from qcowlib.cli.demo_nbd import read_by_ranges, serve_disk
 from qcowlib.errors import Error
 from qcowlib.inspection import inspect
 from qcowlib.qcow2.repair import repair
@@ -123,7 +123,8 @@ def convert_plain(demo: Demo) -> tuple[str, Figures]:
     _same(demo, _hash_image(image), _hash(disk), "the converted image", demo.size)
     demo.judge.check(image)
     demo.judge.compare(disk, "raw", image, "qcow2")
-    text, figures = f"{human_size(image.stat().st_size)}", {"seconds-ours": min(ours), "file-size": image.stat().st_size}
+    size = image.stat().st_size
+    text, figures = human_size(size), {"seconds-ours": min(ours), "file-size": size}
     if theirs:
         text += f", {min(theirs) / min(ours):.1f} times as fast as qemu-img"
         figures["seconds-qemu-img"] = min(theirs)
@@ -182,6 +183,11 @@ def show_info(demo: Demo) -> tuple[str, Figures]:
 # -- overlays ------------------------------------------------------------------
 
 
+def _is_clean(path: str) -> bool:
+    with qcowlib.open(path, backing=False) as image:
+        return image.check().clean
+
+
 def thin_overlays(demo: Demo) -> tuple[str, Figures]:
     """Many thin disks on one base, each with a write of its own."""
     base, folder = demo.path("small.qcow2"), demo.path("vms")
@@ -200,7 +206,10 @@ def thin_overlays(demo: Demo) -> tuple[str, Figures]:
                 raise Problem(f"{path.name} does not show its write over its base")
         demo.guest_bytes += 4096 + 8192
         demo.judge.check(path)
-    text = f"{demo.overlays} overlays, {each * 1e3:.2f} ms each"
+    answers = [answer.value for answer in qcowlib.many(_is_clean, qcowlib.images_in([folder]))]
+    if answers != [True] * demo.overlays:
+        raise Problem(f"{answers.count(True)} of {demo.overlays} overlays are clean")
+    text = f"{demo.overlays} overlays, {each * 1e3:.2f} ms each, all checked by one call"
     figures = {"overlays": demo.overlays, "seconds-each": each}
     if demo.judge:
         theirs = _timed_qemu(demo, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", demo.path("one.qcow2"))
@@ -457,5 +466,6 @@ STEPS = (
     Step("kill -9 in the middle of a write load", kill_writer),
     Step("images from strangers", refuse_hostile),
     Step("served over NBD", serve_disk),
+    Step("out of an object store, by ranges", read_by_ranges),
     Step("back to raw", back_to_raw),
 )

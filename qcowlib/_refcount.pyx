@@ -418,6 +418,30 @@ cdef class Refcounts:
             PyBuffer_Release(&view)
         return OK, changed
 
+    def drop_empty(self, uint64_t index):
+        """Forget block *index*, in memory and settled, if it counts nothing but itself; returns where it lay, else 0.
+
+        The caller has the table entry written, then releases the cluster.
+        """
+        cdef Block *block
+        cdef uint64_t i, offset, own
+        if index >= self.table_size:
+            raise IndexError(index)
+        block = &self.blocks[index]
+        offset = self.table[index] & QC_RT_OFFSET_MASK
+        if offset == 0 or block.data == NULL or block.dirty_lo != block.dirty_hi or block.writing:
+            return 0
+        own = offset >> self.cluster_bits
+        for i in range(self.per_block):
+            if (index << self.per_bits) + i != own and qc_get_refcount(block.data, i, self.order):
+                return 0
+        free(block.data)
+        block.data = NULL
+        self.loaded_count -= 1
+        self.table[index] = 0
+        self.table_mark(index, index + 1)
+        return offset
+
     def used_in(self, data):
         """How many counts in the bytes of one block are not zero."""
         cdef Py_buffer view

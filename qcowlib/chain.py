@@ -246,7 +246,7 @@ class Chain:
         if self._through:
             await self.flush()
 
-    async def resize(self, size: int, *, preallocation: Preallocation, shrink: bool) -> None:
+    async def resize(self, size: int, *, preallocation: Preallocation, shrink: bool, sparse: bool = True) -> None:
         """Change the size of the top layer."""
         if size < 0:
             raise UsageError("New image size must be positive", path=self.top.storage.name)
@@ -258,9 +258,19 @@ class Chain:
         from qcowlib.qcow2.resize import resize
 
         below = self.layers[1].size if len(self.layers) > 1 else 0
-        await resize(writer, size, backing_size=below, refresh=self.refresh, preallocation=preallocation, shrink=shrink)
+        await resize(
+            writer,
+            size,
+            backing_size=below,
+            refresh=self.refresh,
+            preallocation=preallocation,
+            shrink=shrink,
+            sparse=sparse,
+        )
 
-    async def amend(self, options: AmendOptions, progress: Callable[[int, int], object] | None) -> None:
+    async def amend(
+        self, options: AmendOptions, progress: Callable[[int, int], object] | None, *, like_qemu: bool = False
+    ) -> None:
         """Change creation options of the top layer."""
         from qcowlib.qcow2.amend import amend
         from qcowlib.qcow2.write import Writer
@@ -269,7 +279,9 @@ class Chain:
             await self._amend_luks(options)
             return
         below = self.layers[1].size if len(self.layers) > 1 else 0
-        await amend(self.writer, options, backing_size=below, refresh=self.refresh, progress=progress)
+        await amend(
+            self.writer, options, backing_size=below, refresh=self.refresh, progress=progress, like_qemu=like_qemu
+        )
 
     async def _amend_luks(self, options: AmendOptions) -> None:
         """Change the key slots of a LUKS file, all that can be changed of what is not QCOW2."""

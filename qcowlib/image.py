@@ -306,13 +306,17 @@ class Image(OpenImage):
         if length:
             self._runtime.run(self._chain.discard(offset, length))
 
-    def resize(self, size: int, *, preallocation: Preallocation = "off", shrink: bool = False) -> None:
+    def resize(
+        self, size: int, *, preallocation: Preallocation = "off", shrink: bool = False, sparse: bool = True
+    ) -> None:
         """Change the virtual size; new bytes read as zeros.  Losing bytes needs *shrink*.
 
+        Over a longer backing file zeros are stored where it would show through;
+        without *sparse* for all new bytes, as qemu-img does.
         Raises: UsageError with qemu's words, StorageError.
         """
         self._check_writable()
-        self._runtime.run(self._chain.resize(size, preallocation=preallocation, shrink=shrink))
+        self._runtime.run(self._chain.resize(size, preallocation=preallocation, shrink=shrink, sparse=sparse))
 
     def empty(self) -> None:
         """Forget all that the top layer holds; only right where the backing file has the same content.
@@ -333,14 +337,22 @@ class Image(OpenImage):
         if self.mode == "r+":
             self._runtime.run(self._chain.flush())
 
-    def amend(self, options: AmendOptions, progress: Callable[[int, int], object] | None = None) -> None:
+    def amend(
+        self,
+        options: AmendOptions,
+        progress: Callable[[int, int], object] | None = None,
+        *,
+        like_qemu: bool = False,
+    ) -> None:
         """Change creation options (:class:`~qcowlib.qcow2.amend.AmendOptions`); durable when this returns.
 
         *progress* is called with ``(done, total)`` and must not use the image.
+        With *like_qemu* a downgrade that cannot be is refused after the other
+        changes were made, and a new size is made as by ``resize(sparse=False)``.
         Raises: UsageError with qemu's words, UnsupportedFeature for raw, SecretError, StorageError.
         """
         self._check_writable()
-        self._runtime.run(self._chain.amend(options, progress))
+        self._runtime.run(self._chain.amend(options, progress, like_qemu=like_qemu))
 
     # -- persistent dirty bitmaps ----------------------------------------------
 

@@ -180,8 +180,9 @@ def _open_qcow2(
         raise ReadOnly("the storage is open for reading", path=storage.name)
     header = read_header(storage, writable=writable)
     snapshot = _find_snapshot(storage, header, options.snapshot) if top and options.snapshot is not None else None
+    repairs: tuple[str, ...] = ()
     if writable and header.is_dirty:
-        header = _repair_refcounts(storage)
+        header, repairs = _repair_refcounts(storage)
     data: Storage | None = None
     if header.has_data_file:
         data = _open_data_file(storage, header, options, writable)
@@ -189,7 +190,7 @@ def _open_qcow2(
         if getattr(data, "identity", data) == getattr(storage, "identity", storage):
             raise FormatError("the data file is the image itself", path=storage.name)
     cipher = _cipher(storage, header, options, depth) if header.crypt_method != CRYPT_NONE else None
-    return Qcow2Image(
+    image = Qcow2Image(
         runtime,
         storage,
         header,
@@ -199,16 +200,18 @@ def _open_qcow2(
         cache_bytes=cache_bytes,
         snapshot=snapshot,
     )
+    image.repairs = repairs
+    return image
 
 
-def _repair_refcounts(storage: Storage) -> Header:
+def _repair_refcounts(storage: Storage) -> tuple[Header, tuple[str, ...]]:
     """Source: qemu repairs an image with the dirty bit inside a writable open."""
     from qcowlib.qcow2.repair import repair
 
     report = repair(storage, "all")
     if report.corruptions or report.check_errors:
         raise CorruptImage("the refcounts are stale (dirty bit) and could not be repaired", path=storage.name)
-    return read_header(storage, writable=True)
+    return read_header(storage, writable=True), tuple(finding.message for finding in report.repairs)
 
 
 def _find_snapshot(storage: Storage, header: Header, wanted: str) -> SnapshotEntry:

@@ -75,7 +75,7 @@ def run(args: Args, console: Console) -> int:
         progress = Progress(console, shown, form=options.progress_form(args))
         progress.report(0)
         try:
-            image.amend(changes, progress.report)
+            image.amend(changes, progress.report, like_qemu=console.prog.startswith("qemu-img"))
             progress.report(100)
         except Error as error:
             raise _failure(error) from None

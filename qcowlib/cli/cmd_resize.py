@@ -78,7 +78,7 @@ def run(args: Args, console: Console) -> int:
     with open_image(ref, console, secrets=secrets, writable=True) as image:
         total = image.size + sign * size if sign else size
         _check(image.size, total, mode, args.flag("shrink"))
-        _resize(image, total, mode, args.flag("shrink"))
+        _resize(image, total, mode, args.flag("shrink"), sparse=not console.prog.startswith("qemu-img"))
         if as_json:
             console.out(pretty({"filename": ref.text, "virtual-size": image.size}))
         elif not args.flag("quiet"):
@@ -95,11 +95,11 @@ def _check(current: int, total: int, mode: Preallocation, shrink: bool) -> None:
         raise Failure("Use the --shrink option to perform a shrink operation.", _SHRINKS)
 
 
-def _resize(image: Image, total: int, mode: Preallocation, shrink: bool) -> None:
+def _resize(image: Image, total: int, mode: Preallocation, shrink: bool, *, sparse: bool) -> None:
     if image.format == "raw" and mode == "metadata":
         raise Failure("Unsupported preallocation mode: metadata")
     try:
-        image.resize(total, preallocation=mode, shrink=shrink)
+        image.resize(total, preallocation=mode, shrink=shrink, sparse=sparse)
     except StorageError as error:
         text = f"Could not resize file: {error.strerror}" if image.format == "raw" else error.message
         raise Failure(text, hint=hint_text(error)) from None

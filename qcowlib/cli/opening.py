@@ -238,6 +238,8 @@ def open_image(
     if backing and len(image.layers) <= _said_below(ref):
         image.close()
         raise Failure(f"Could not open '{ref.text}': 'backing' is for images that name a backing file", code=code)
+    for line in getattr(image.layers[0], "repairs", ()):
+        console.err(f"{line}\n")
     if writable:
         tell_probed_raw(ref, image, console)
     tell_lost_bitmaps(getattr(image.layers[0], "header", None), console)

@@ -87,11 +87,13 @@ async def amend(
     backing_size: int,
     refresh: Callable[[], None],
     progress: Report | None = None,
+    like_qemu: bool = False,
 ) -> None:
     """Carry out *options*; *backing_size* and *refresh* as for :func:`~qcowlib.qcow2.resize.resize`.
 
     *progress* gets ``(done, total)``, in units that only mean something to each
-    other, while the engine is locked.
+    other, while the engine is locked.  With *like_qemu* a downgrade is refused
+    only when its turn comes.
     Raises: UsageError with qemu's words, before anything is changed but for
     what only the work itself can find; SecretError; StorageError.
     """
@@ -101,7 +103,7 @@ async def amend(
     wanted.check(header, options)
     if options.size is not None and options.size % SECTOR:
         raise UsageError("The new size must be a multiple of 512", path=image.storage.name)
-    if wanted.version < 3:
+    if wanted.version < 3 and not like_qemu:
         await _check_downgrade(image, options, wanted)
     changes = (wanted.version != header.version, wanted.order != header.refcount_order, options.encrypt is not None)
     report = _Progress(progress, sum(changes))
@@ -114,8 +116,13 @@ async def amend(
             await change_refcount_width(image, wanted.order, report.operation())
     await _change_header(writer, options, wanted.lazy)
     if options.size is not None and options.size != header.size:
-        await resize(writer, options.size, backing_size=backing_size, refresh=refresh, shrink=True)
+        sparse = not like_qemu
+        await resize(
+            writer, options.size, backing_size=backing_size, refresh=refresh, shrink=True, sparse=sparse
+        )
     if wanted.version < header.version:
+        if like_qemu:
+            await _check_downgrade(image, options, wanted)
         await _downgrade(writer, report.operation())
 
 

@@ -129,6 +129,8 @@ class Qcow2Image:
         self.on_change: list[Callable[[int, int], None]] = []
         #: Keeps persistent bitmaps current; without one, enabled bitmaps are given up by the first write.
         self.tracker: Tracker | None = None
+        #: Lines of the repair that opening began with.
+        self.repairs: tuple[str, ...] = ()
         self._started = False
         self._start_mutex = Mutex(runtime)
         self.writeback: Writeback | None = None

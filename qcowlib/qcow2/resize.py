@@ -45,11 +45,13 @@ async def resize(
     refresh: Callable[[], None],
     preallocation: Preallocation = "off",
     shrink: bool = False,
+    sparse: bool = True,
 ) -> None:
     """Make the image *size* bytes.
 
     *backing_size* is the length of the layer below (0 without one); *refresh*
-    tells the chain that the size changed.  Shrinking needs *shrink*.
+    tells the chain that the size changed.  Shrinking needs *shrink*.  Without
+    *sparse* a longer layer below makes zeros of all new bytes, as in qemu.
     Raises: UsageError with qemu's words, StorageError.
     """
     image = writer.image
@@ -64,7 +66,8 @@ async def resize(
             await image.tracker.begin_resize()
         await image.changing.commit()
         if size >= old:
-            await _grow(writer, old, size, backing_size, refresh, preallocation)
+            hidden = backing_size if sparse or backing_size <= old else size
+            await _grow(writer, old, size, hidden, refresh, preallocation)
         else:
             await _shrink(writer, size, refresh)
         if image.tracker is not None:
@@ -106,14 +109,20 @@ async def _grow(
     image = writer.image
     header = image.header
     await _grow_l1(writer, size)
+    if old < backing_size or preallocation != "off":
+        # The place of the old L1 is the first to be taken, as in qemu.
+        await image.changing.commit(quiet=True)
     header.size = size
     refresh()
     try:
         edge = round_up(old, image.cluster_size)
         # An earlier shrink may have left entries behind the end, and bytes in the last cluster.
         await writer.unmap_behind(edge)
+        # Clusters given first keep their space as zero clusters; the size is not published yet.
+        if preallocation == "metadata":
+            await _preallocate(writer, edge, size, preallocation)
         await _zero(writer, old, min(size, max(edge, backing_size)))
-        if preallocation != "off":
+        if preallocation in ("falloc", "full"):
             await _preallocate(writer, edge, size, preallocation)
         if image.data is not image.storage and image.data.size < size:
             await image.runtime.io(image.data.resize, size)
@@ -192,10 +201,31 @@ async def _shrink(writer: Writer, size: int, refresh: Callable[[], None]) -> Non
     await image.changing.commit(quiet=True)
     # Counts of what was released are only in memory until the next commit.
     await image.changing.commit(quiet=True)
+    await _drop_empty_blocks(writer)
     if image.data is not image.storage:
         await image.runtime.io(image.data.resize, size)
     else:
         await cut_tail(writer)
+
+
+async def _drop_empty_blocks(writer: Writer) -> None:
+    """Let go of refcount blocks that count nothing any more; everything is committed.
+
+    Order: the entries of the refcount table, barrier, then the counts of the blocks' clusters (I1, I4).
+    """
+    changing = writer.image.changing
+    store = changing.store
+    if changing.lazy:
+        return  # counts and the table would be written by one commit, at the end
+    for index in range(1, store.refs.table_size):
+        if not store.refs.block_offset(index):
+            continue
+        await store.load(index)
+        offset = store.refs.drop_empty(index)
+        if offset:
+            changing.freed.add(DATA, offset, writer.image.cluster_size, offset)
+    await changing.commit(quiet=True)
+    await changing.commit(quiet=True)
 
 
 async def cut_tail(writer: Writer) -> None:

@@ -75,6 +75,24 @@ def test_shrinking_needs_permission_and_cuts_the_file(tmp_path: Path) -> None:
     qemu_img("check", path)
 
 
+def test_shrinking_lets_go_of_refcount_blocks_that_count_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path, "3M")
+    with qcowlib.open(path, "r+") as image:
+        image.pwrite(b"x" * (3 << 20), 0)
+        image.resize(1 << 20, shrink=True)
+        # What is uncovered now is covered again when it is needed.
+        image.resize(2 << 20)
+        image.pwrite(b"y" * (512 << 10), 1 << 20)
+        image.resize(1 << 20, shrink=True)
+    data = path.read_bytes()
+    place, clusters = (int.from_bytes(data[at : at + size], "big") for at, size in ((48, 8), (56, 4)))
+    entries = [int.from_bytes(data[at : at + 8], "big") for at in range(place, place + clusters * 512, 8)]
+    assert sum(1 for entry in entries if entry) > 10
+    assert all(any(data[entry : entry + 512]) for entry in entries if entry)
+    qemu_img("check", path)
+
+
 def test_sizes_that_qemu_refuses_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "image"
     qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "8M")

@@ -106,7 +106,8 @@ class Compaction:
         #: Clusters up to the last one that is in use.
         self.used = len(self.anatomy.kinds.rstrip(bytes([FREE, UNCOUNTED])))
 
-    def _relocation(self) -> Relocation:
+    def relocation(self) -> Relocation:
+        """Return what would move where; its map is a copy."""
         anatomy = self.anatomy
         items = [(table.start, len(table.content) >> self.bits) for table in anatomy.tables.values()]
         movable = [item for item in items if anatomy.kinds[item[0]] == ITEM]
@@ -116,7 +117,7 @@ class Compaction:
 
     def plan(self) -> Moves:
         """Count what :meth:`run` will do."""
-        work = self._relocation()
+        work = self.relocation()
         moved: dict[int, int] = {}
         for batch in work.batches():
             count = sum(run[2] for run in batch.runs) + batch.head
@@ -141,7 +142,7 @@ class Compaction:
             # Invariant: I10
             self.storage.write(_AT_AUTOCLEAR, [known.to_bytes(8, "big")])
             self.storage.flush()
-        work = self._relocation()
+        work = self.relocation()
         worth = self.plan().end < self.used << self.bits
         for batch in work.batches() if worth else ():
             if batch.kind == BLOCK_CLUSTER:

@@ -425,10 +425,12 @@ class _Change:
 
     async def _flag(self, table: bytearray, extended: bool) -> bool:
         store = self.image.changing.store
+        before = bytes(table)
         while True:
+            # Flags that were set before a block was missing count as well.
             code, value = store.refs.flag_table(table, extended)
             if code == 0:
-                return bool(value)
+                return table != before
             await store.load(value)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import random
 import subprocess
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,14 @@ from hypothesis import strategies as st
 
 import qcowlib
 from qcowlib.jobs.compact import compact, plan_compact
+from qcowlib.luks import LuksHeader
 from qcowlib.native import BLOCK_CLUSTER, DATA_CLUSTER, PACKED, TABLE_CLUSTER
+from qcowlib.qcow2.check import check
 from qcowlib.qcow2.compact import Compaction
+from qcowlib.qcow2.create import CreateOptions, Encryption, create
 from qcowlib.qcow2.directories import read_header
-from qcowlib.qcow2.relocation import ALONE, BITS, BLOCKS_GONE, ITEM
+from qcowlib.qcow2.image import Qcow2Image
+from qcowlib.qcow2.relocation import ALONE, BITS, BLOCKS_GONE, ITEM, Batch
 from qcowlib.storage.memory import MemoryStorage
 from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
 from qcowlib.testing.recorder import OpLog
@@ -41,20 +44,22 @@ OPTIONS = [
 ]
 
 
-def write(rng: random.Random, path: Path, cluster: int, size: int, packed: float) -> None:
-    """Plain and compressed writes by qemu; it refuses to compress over what is there."""
+def write(rng: random.Random, path: Path, cluster: int, size: int, packed: float, taken: set[int]) -> None:
+    """Plain and compressed writes by qemu, compressed ones to clusters that were never written (it refuses others)."""
     noise = path.with_name("noise")
     noise.write_bytes(bytes(rng.choice(b"abcdefghijklmnopqrstuvwxyz012345") for _ in range(cluster)))
     words: list[str] = []
     for _ in range(rng.randrange(5, 15)):
         if rng.random() < packed:
-            for _ in range(rng.randrange(1, 6)):
-                words += ["-c", f"write -q -c -s {noise} {rng.randrange(size // cluster) * cluster} {cluster}"]
+            for number in {rng.randrange(size // cluster) for _ in range(rng.randrange(1, 6))} - taken:
+                words += ["-c", f"write -q -c -s {noise} {number * cluster} {cluster}"]
+                taken.add(number)
         else:
             length = rng.randrange(1, 8) * 512
             at = rng.randrange((size - length) // 512) * 512
             words += ["-c", f"write -q -P {rng.randrange(1, 255)} {at} {length}"]
-    subprocess.run(["qemu-io", "-t", "unsafe", "-f", "qcow2", *words, str(path)], check=False, capture_output=True)
+            taken.update(range(at // cluster, (at + length - 1) // cluster + 1))
+    subprocess.run(["qemu-io", "-t", "unsafe", "-f", "qcow2", *words, str(path)], check=True, capture_output=True)
 
 
 def used_image(rng: random.Random, path: Path, size: int, options: str) -> None:
@@ -63,8 +68,9 @@ def used_image(rng: random.Random, path: Path, size: int, options: str) -> None:
     qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, size)
     cluster = int(options.split(",")[0][13:])
     packed = 0.0 if "extended" in options else rng.choice([0, 0.3, 0.8])
+    taken: set[int] = set()
     for _ in range(rng.randrange(2, 5)):
-        write(rng, path, cluster, size, packed)
+        write(rng, path, cluster, size, packed, taken)
         with qcowlib.open(path, "r+", cache="unsafe") as image:
             choice, held = rng.random(), list(image.snapshots())
             if choice < 0.4:
@@ -80,20 +86,20 @@ def used_image(rng: random.Random, path: Path, size: int, options: str) -> None:
         image.discard(size // 3 // cluster * cluster, rng.randrange(size // 2) // cluster * cluster)
 
 
-def everything(path: Path | MemoryStorage) -> list[Any]:
+def everything(path: Path | MemoryStorage, secret: str | None = None) -> list[Any]:
     """What an image shows: content, snapshots, bitmaps."""
-    with qcowlib.open(path, format="qcow2") as image:
+    with qcowlib.open(path, format="qcow2", secret=secret) as image:
         found: list[Any] = [image.pread(image.size, 0)]
         names = [one.id for one in image.snapshots()]
         found += [(one.name, list(image.bitmap_extents(one.name))) for one in image.bitmaps()]
     for name in names:
         key = name if isinstance(name, str) else name.decode()
-        with qcowlib.open(path, format="qcow2", snapshot=key) as image:
+        with qcowlib.open(path, format="qcow2", snapshot=key, secret=secret) as image:
             found.append((key, image.pread(image.size, 0)))
     return found
 
 
-@settings(max_examples=40 * LONG, deadline=None)
+@settings(max_examples=20 * LONG, deadline=None)
 @given(seed=st.integers(0, 2**32), options=st.sampled_from(OPTIONS), size=st.sampled_from(SIZES))
 def test_file_is_as_short_as_its_clusters_allow_and_as_planned(
     tmp_path_factory: pytest.TempPathFactory, seed: int, options: str, size: int
@@ -120,27 +126,32 @@ def test_file_is_as_short_as_its_clusters_allow_and_as_planned(
 ALL_KINDS = {DATA_CLUSTER, ALONE, BITS, TABLE_CLUSTER, BLOCK_CLUSTER, ITEM, PACKED, BLOCKS_GONE}
 
 
-def kinds_moved(storage: MemoryStorage) -> Counter[int]:
+def batches(storage: MemoryStorage) -> list[Batch]:
+    """What a compaction would do."""
     work = Compaction(storage, read_header(storage))
     end = work.plan().end
-    found = Counter(batch.kind for batch in work._relocation().batches())
-    return found if end < work.used << work.bits else Counter()
+    return list(work.relocation().batches()) if end < work.used << work.bits else []
 
 
-def judged_at_every_cut(storage: MemoryStorage, random_states: int) -> int:
+def judged_at_every_cut(storage: MemoryStorage, random_states: int, secret: str | None = None) -> int:
     """Compact *storage* and judge each state a power cut can leave; returns how many there are."""
-    expected = everything(storage)
+    expected = everything(storage, secret)
+    cipher = None
+    if secret is not None:
+        with qcowlib.open(MemoryStorage(bytearray(storage.getvalue())), format="qcow2", secret=secret) as image:
+            top = image.layers[0]
+            assert isinstance(top, Qcow2Image)
+            cipher = top.reader.cipher
     log = OpLog()
     recorded = log.record(storage)
-    Compaction(recorded, read_header(recorded)).run(lambda _: None)
+    Compaction(recorded, read_header(recorded), cipher).run(lambda _: None)
 
     def judge(state: CrashState) -> list[Finding]:
         image = MemoryStorage(bytearray(state.images[0]))
-        with qcowlib.open(image, format="qcow2") as opened:
-            report = opened.check()
+        report = check(image)
         if report.corruptions or report.check_errors:
             return [Finding("CORRUPT", str(report.findings[:2]))]
-        if everything(image) != expected:
+        if everything(image, secret) != expected:
             return [Finding("LOST", "it shows something else")]
         return [Finding("LEAK", "")] if report.leaks else []
 
@@ -154,10 +165,56 @@ def test_i5_every_structure_moves_and_no_cut_leaves_more_than_leaks(tmp_path: Pa
         options = OPTIONS[seed % 4]
         used_image(random.Random(seed), tmp_path / "image", 192 * KiB, options)
         storage = MemoryStorage(bytearray((tmp_path / "image").read_bytes()))
-        kinds = set(kinds_moved(storage))
+        kinds = {batch.kind for batch in batches(storage)}
         if missing & kinds:
             missing -= kinds
             states += judged_at_every_cut(storage, 4)
         seed += 1
         assert seed < 200, f"no image in which {missing} move"
     assert states > 100
+
+
+def long_run(path: Path) -> MemoryStorage:
+    """A run of compressed clusters, shared by a snapshot, that is longer than any room below it; some is free there."""
+    noise, rng = path.with_name("noise"), random.Random(3)
+    noise.write_bytes(bytes(rng.choice(b"abcdefghijklmnopqrstuvwxyz012345") for _ in range(4096)))
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, MiB)
+    words = ["-c", "write -q -P 7 0 160k"]
+    for number in range(40, 140):
+        words += ["-c", f"write -q -c -s {noise} {number * 4096} 4096"]
+    subprocess.run(["qemu-io", "-t", "unsafe", "-f", "qcow2", *words, str(path)], check=True, capture_output=True)
+    with qcowlib.open(path, "r+", cache="unsafe") as image:
+        for number in (3, 4, 9, 11, 17, 18, 19, 25, 30):
+            image.discard(4096, number * 4096)
+        image.create_snapshot("kept")
+        image.pwrite(b"own" * 100, 39 * 4096)
+    return MemoryStorage(bytearray(path.read_bytes()))
+
+
+@pytest.mark.crash
+def test_i1_long_compressed_run_is_parted_and_no_cut_leaves_more_than_leaks(tmp_path: Path) -> None:
+    storage = long_run(tmp_path / "image")
+    assert any(batch.head for batch in batches(storage))
+    assert judged_at_every_cut(storage, 8) > 20
+    assert Compaction(storage, read_header(storage)).plan().free <= 2 * 4096
+    (tmp_path / "image").write_bytes(storage.getvalue())
+    qemu_img("check", tmp_path / "image")
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("method", [1, 2])
+def test_i2_encrypted_data_read_the_same_at_every_cut(method: int) -> None:
+    area = LuksHeader.create("key", cipher_alg="aes-128", iter_time=0)[0] if method == 2 else b""
+    storage, rng = MemoryStorage(), random.Random(method)
+    create(storage, CreateOptions(256 * KiB, cluster_size=4096, encrypt=Encryption(method, area)))
+    with qcowlib.open(storage, "r+", format="qcow2", secret="key") as image:
+        for number in range(16):
+            image.pwrite(rng.randbytes(9000), number * 16384)
+        image.create_snapshot("kept")
+        image.pwrite(rng.randbytes(5000), 200000)
+        image.delete_snapshot("1")
+        image.create_snapshot("again")
+        image.pwrite(rng.randbytes(5000), 100000)
+        image.discard(80 * KiB, 0)
+        image.delete_snapshot("1")
+    assert judged_at_every_cut(storage, 1, "key") > 20

@@ -217,3 +217,18 @@ def test_a_quiet_commit_that_skips_the_barrier_behind_its_writes_would_be_notice
         log, model = history(seed)
         found |= set(explore(log, model.oracle, random_states=4).verdicts)
     assert found - {"LEAK"}
+
+
+def test_deleting_flags_tables_whose_counts_lie_in_several_blocks() -> None:
+    """Flags of a table that were set before a refcount block had to be read reach storage, too."""
+    storage = MemoryStorage()
+    # A block counts 64 clusters.
+    create(storage, CreateOptions(size=64 * 512, cluster_size=512, refcount_bits=64))
+    with qcowlib.open(storage, "r+", format="qcow2") as image:
+        image.pwrite(b"d" * 512 * 10, 0)
+        image.create_snapshot("one")
+    with qcowlib.open(storage, "r+", format="qcow2") as image:
+        image.pwrite(b"d" * 512 * 54, 10 * 512)
+    with qcowlib.open(storage, "r+", format="qcow2") as image:
+        image.delete_snapshot("1")
+        assert image.check().clean

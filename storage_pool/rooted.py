@@ -282,15 +282,17 @@ class Rooted:
 
     def remove_tree(self, path: str, *, depth: int = 8) -> None:
         """Remove a directory with all it holds; a missing one is fine (another may purge too)."""
-        try:
-            for name in self.names(path):
-                below = f"{path}/{name}"
+        names: list[str] = []
+        with contextlib.suppress(NotFound):
+            names = self.names(path)
+        for name in names:
+            below = f"{path}/{name}"
+            # Each by itself: the other one may take this away and end before the next.
+            with contextlib.suppress(NotFound):
                 if depth and stat.S_ISDIR(self.stat(below).st_mode):
                     self.remove_tree(below, depth=depth - 1)
                 else:
                     self.unlink(below, missing_ok=True)
-            with self._parent(path) as (parent, name):
-                os.rmdir(name, dir_fd=parent)
-                os.fsync(parent)
-        except NotFound:
-            return
+        with contextlib.suppress(NotFound), self._parent(path) as (parent, name):
+            os.rmdir(name, dir_fd=parent)
+            os.fsync(parent)

@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,10 @@ from storage_pool.errors import (
 )
 from storage_pool.file_domain import FileDomain, discover
 from storage_pool.ids import BLANK, make_id
+from storage_pool.layout import mount_directory
 from storage_pool.lease_records import SafeleaseTag
 from storage_pool.metadata_volume import VolumeMetadata
+from storage_pool.rooted import Rooted
 from storage_pool.testing.golden import rebuild_file_domain
 
 GOLDEN = Path(__file__).parent / "golden/file"
@@ -134,6 +137,15 @@ def test_fd04_discovery_finds_domains_and_nothing_else(make, tmp_path):
     assert discover(str(tmp_path / "[fd00::1]:_a")) == []
     with FileDomain.open(mount) as opened:
         assert opened.uuid == domain.uuid
+    # Names of mounts, as other hosts make them; none of their characters is a pattern.
+    for remote in ("[fd00::1]:/export/a_b", "glusterSD/server:_vol", "server:/[0-9a-f]*?"):
+        place = tmp_path / (remote if "SD/" in remote else mount_directory(remote))
+        place.mkdir(parents=True)
+        shutil.move(domain.name, place)
+        assert discover(str(place)) == [f"{place}/{domain.uuid}"] and discover(mount) == []
+        with FileDomain.open(str(place)) as opened:
+            assert opened.uuid == domain.uuid
+        shutil.move(f"{place}/{domain.uuid}", domain.name)
     with pytest.raises(NotFound):
         FileDomain.open(str(tmp_path / "[fd00::1]:_a"))
 
@@ -182,12 +194,71 @@ def test_fd03_listing_tells_templates_with_their_own_image_first(make, token):
     assert {domain.entries()[volume].parent for _, volume in clones} == {None}
 
 
-def test_fd15_purge_of_an_image_that_another_purges_is_fine(make, token):
+def test_fd03_a_thousand_volumes_are_listed_without_reading_a_record(make, token, monkeypatch):
     domain = make()
+    for number in range(500):
+        folder = Path(domain.name) / f"images/{number:08x}-0000-4000-8000-000000000000"
+        folder.mkdir()
+        for part in (1, 2):
+            volume = f"{number:08x}-0000-4000-8000-00000000000{part}"
+            (folder / volume).touch()
+            (folder / f"{volume}.meta").touch()
+    looked = []
+    listed = Rooted.names
+    monkeypatch.setattr(Rooted, "names", lambda own, path="": (looked.append(path), listed(own, path))[1])
+    monkeypatch.setattr(Rooted, "storage", None)
+    assert len(domain.entries()) == 1000
+    assert len(looked) == len(set(looked)) == 501
+    # What is known is not looked up again.
+    assert domain.path_of(f"{5:08x}-0000-4000-8000-000000000002").endswith("2") and len(looked) == 501
+
+
+class Between:
+    """Does *deed* once, before call number *at* of those that look at or change directories."""
+
+    def __init__(self, monkeypatch, at, deed):
+        self.left, self.deed, self.done = at, deed, False
+        for name in ("open", "stat", "listdir", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self.wrapped(getattr(os, name)))
+
+    def wrapped(self, call):
+        def interrupted(*arguments, **options):
+            self.left -= 1
+            if self.left < 0 and not self.done:
+                self.done = True
+                self.deed()
+            return call(*arguments, **options)
+
+        return interrupted
+
+
+def purged_between(monkeypatch, token, domain, at, deed):
+    """Purge an image while *deed* comes between; returns whether it did, and whether all is gone."""
     image, volume = add_volume(domain, token)
     domain.mark_removed(token, image, [volume])
-    domain.purge(token, image)
-    domain.purge(token, image)
+    folder = Path(domain.name) / f"images/_remove_me_{image}"
+    with monkeypatch.context() as patch:
+        between = Between(patch, at, lambda: deed(image, folder))
+        domain.purge(token, image)
+    return between.done, not folder.exists()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all", "one file"])
+def test_fd15_a_purge_in_which_another_one_takes_files_away_ends_with_all_gone(make, token, monkeypatch, whole):
+    """Whatever call it is at which the other one comes between."""
+    domain = make()
+    with FileDomain.open(domain.name) as other:
+
+        def deed(image, folder):
+            if whole:
+                other.purge(token, image)
+            elif folder.exists() and (left := sorted(folder.iterdir())):
+                left[-1].unlink()
+
+        outcomes = []
+        while not outcomes or outcomes[-1][0]:
+            outcomes.append(purged_between(monkeypatch, token, domain, len(outcomes), deed))
+    assert len(outcomes) > 15 and all(gone for _, gone in outcomes)
 
 
 def test_removing_one_volume_of_an_image_keeps_the_others(make, token):

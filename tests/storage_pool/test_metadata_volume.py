@@ -81,10 +81,17 @@ def test_vm04_bad_size_is_an_error():
         parse(volume().to_bytes(4, {"SIZE": "8 blocks"}))
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 512, b"EOF\n", b"NONE=" + b"#" * 500 + b"\nEOF\n"])
-def test_vm05_cleared_and_empty_records_are_errors(data):
-    with pytest.raises(MetadataError):
+@pytest.mark.parametrize("data", [b"", b"\0" * 512, b"EOF\n", b"EOF\n" + volume().to_bytes(5), b"=\n"])
+def test_vm05_empty_records_are_errors(data):
+    with pytest.raises(MetadataError) as caught:
         parse(data)
+    assert len(caught.value.problems) == 11
+
+
+@pytest.mark.parametrize("rest", [b"#" * 500 + b"\nEOF\n", b"\n" + volume().to_bytes(5)], ids=["alone", "with keys"])
+def test_vm05_a_cleared_record_is_an_error_that_says_so_whatever_else_it_holds(rest):
+    with pytest.raises(MetadataError, match="was cleared"):
+        parse(b"NONE=" + rest)
 
 
 @pytest.mark.parametrize("row", EXPECTED["parsed"], ids=lambda row: row["file"])

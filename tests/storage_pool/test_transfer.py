@@ -8,6 +8,7 @@ from storage_pool import image_group as ig
 from storage_pool import snapshot as sn
 from storage_pool import transfer as tr
 from storage_pool import volume as vol
+from storage_pool.check import check_domain
 from storage_pool.errors import Illegal, IllegalSpec
 from storage_pool.ids import make_id
 
@@ -156,17 +157,23 @@ def test_a_raw_logical_volume_made_by_copy_shows_no_old_data(file_domain, block_
         assert not any(b"secret" in opened.pread(8192, at) for at in range(0, 128 * MIB, 4 * MIB))
 
 
-def test_op10_a_copy_that_fails_leaves_nothing(file_domain, token):
-    source, target = file_domain(), file_domain()
-    image, _ = disk(source, token)
+@pytest.mark.parametrize("kinds", ["file-file", "file-block", "block-file"])
+def test_op10_a_copy_that_fails_leaves_nothing(pair, token, kinds):
+    source, target = pair(kinds)
+    image, leaf = disk(source, token)
+    records = {volume: source.read_record(volume) for volume in source.entries()}
 
     def fail(done, total):
-        raise RuntimeError
+        # Not before something of it is there.
+        if done:
+            raise RuntimeError
 
     for call in (tr.copy_image, tr.collapse):
         with pytest.raises(RuntimeError):
             call(token, source, image, target, ctime=CTIME, progress=fail)
         assert target.entries() == {} and target.leftovers() == []
+        assert {volume: source.read_record(volume) for volume in source.entries()} == records
+    assert check_domain(source).clean and content(source, leaf)
 
 
 def test_op10_an_illegal_source_is_refused(file_domain, token):

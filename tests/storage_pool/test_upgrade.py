@@ -193,6 +193,8 @@ def test_bd15_a_broken_slot_is_moved_as_it_is(rebuilt):
 @pytest.mark.real("lvm", "losetup", "mke2fs")
 def test_bd22_v1_text_becomes_tags_and_slots_become_tags(block_domain, token):
     domain = block_domain(0)
+    domain.change(token, {"DESCRIPTION": "".join(map(chr, range(32, 82)))})
+    domain.change(token, {"POOL_DESCRIPTION": "".join(map(chr, range(82, 127))), "X_LATER": "a=b&38&"})
     image, base = make_id(), make_id()
     vol.create_volume(token, domain, vol.VolumeSpec(image, base, 64 * MIB), CTIME)
     leaf = sn.create_snapshot(token, domain, image, ctime=CTIME)

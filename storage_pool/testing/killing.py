@@ -5,7 +5,8 @@
 :class:`KillingDomain` counts the changes of a domain.  :func:`killed_child`
 runs a call in a child process and kills it before its n-th step, where a step
 is any system call that changes names or makes data durable, any write to a
-storage, and any program that is started.
+storage, and any program that is started.  :func:`die_at_record` does the same
+to the process that calls it, where a step is a change of a domain.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 from qcowlib.storage.file import FileStorage
+from storage_pool.block_domain import BlockDomain
 from storage_pool.domain import Domain
+from storage_pool.file_domain import FileDomain
 
-__all__ = ["Killed", "KillingDomain", "killed_child"]
+__all__ = ["Killed", "KillingDomain", "die_at_record", "killed_child"]
 
 _PROGRAM = "subprocess.Popen"
 #: Events of Python's audit that change something outside the process.
@@ -59,6 +62,8 @@ _CHANGES = frozenset(
         "write_record",
     }
 )
+#: Changes of upgrades, which go past the protocol of domains.
+_UPGRADES = frozenset({"make_lease", "make_lock", "make_xleases", "retag", "write_slot"})
 
 
 class Killed(BaseException):
@@ -97,10 +102,11 @@ class KillingDomain:
         return open_volume
 
 
-def killed_child(step: int, call: Callable[[], object], *, programs: bool = False) -> bool:
+def killed_child(step: int | None, call: Callable[[], object], *, programs: bool = False) -> bool:
     """Run *call* in a child process that is killed (SIGKILL) before its step number *step*, from 0.
 
-    With *programs* only the start of a program that is no report, and zeroing, is a step.
+    Without a step only *call* itself ends it.  With *programs* only the start
+    of a program that is no report, and zeroing, is a step.
     Returns whether it was killed; ``False`` when it ended before.
 
     Raises: AssertionError when *call* raised; its traceback is on standard error.
@@ -109,7 +115,8 @@ def killed_child(step: int, call: Callable[[], object], *, programs: bool = Fals
     if child == 0:
         status = _FAILED
         try:
-            _die_at(step, programs)
+            if step is not None:
+                _die_at(step, programs)
             call()
             status = 0
         except BaseException:
@@ -151,3 +158,29 @@ def _die_at(step: int, programs: bool) -> None:
     if programs:
         return
     os.fsync = counted(os.fsync)
+
+
+def die_at_record(step: int, counts: Callable[[], bool] = lambda: True) -> None:
+    """Let this process die (SIGKILL) before change number *step* of a domain, from 0; there is no way back.
+
+    A change is what the domain records: of a volume's record or note, of what
+    is seen, kept or removed.  *counts* says whether one is counted.
+    """
+    done = 0
+
+    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal done
+            if counts():
+                if done == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                done += 1
+            return method(*arguments, **options)
+
+        return call
+
+    for kind in (FileDomain, BlockDomain):
+        for name in _CHANGES | _UPGRADES:
+            method = kind.__dict__.get(name)
+            if method is not None:
+                setattr(kind, name, counted(method))

@@ -5,121 +5,42 @@
 import contextlib
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from spm.cli.place import pool_lease
-from spm.duties import PoolDuties
-from spm.embedded import EmbeddedLeases
-from spm.service import SpmHost, SpmService
 from spm.tasks import Recovery, TaskManager, TaskStore
-from spm.terms import MasterTerms
-from spm.timing import LeaseTiming
-from storage_pool import block_group
 from storage_pool import merge as mg
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
 from storage_pool.check import check_domain
-from storage_pool.embedded import FileToken
-from storage_pool.engine import connect
-from storage_pool.file_domain import FileDomain
 from storage_pool.ids import make_id
-from storage_pool.lv_storage import volume_device
 from storage_pool.master_files import master_files
-from storage_pool.pool import StoragePool
-from storage_pool.process import SystemRunner
 from storage_pool.testing.killing import Killed, KillingDomain, killed_child
-from storage_pool.testing.lvm import local_lvm, loop_devices
 
-GIB = 1 << 30
+from .pools import CTIME, block_pool, file_pool
+from .test_host_process import wait_for
+
 MIB = 1 << 20
-CTIME = 1617235200
-TIMING = LeaseTiming(io_timeout_s=1.0)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def panic(reason):
-    raise AssertionError(reason)
-
-
-class Pool:
-    """A pool, and the ways to its domains that a host has."""
-
-    def __init__(self, folder, open_master, open_engine):
-        self.folder = folder
-        self.open_master = open_master
-        self.open_engine = open_engine
-        self.told = []
-        self.undone = []
-
-    def manager(self, number=2):
-        """Return the service of a host that is about to become the manager."""
-        with contextlib.closing(self.open_master()) as master:
-            area, lease = pool_lease(master)
-        leases = EmbeddedLeases(str(self.folder), time.monotonic, time.sleep)
-        leases.join(lease.lockspace, number, area)
-        host = SpmHost(number, leases, TIMING, time.monotonic, time.sleep, panic)
-        duties = PoolDuties(
-            self.open_master,
-            self.open_engine,
-            self.told.append,
-            undo={"note": lambda token, params: self.undone.append(params)},
-            hosts=4,
-        )
-        return SpmService(host, lease, MasterTerms(self.open_master), duties.steps())
-
-    def lead(self):
-        """Have a host take the role and give it back."""
-        service = self.manager()
-        service.start()
-        service.stop()
-
-
-@pytest.fixture
-def file_pool(tmp_path):
-    with FileToken(str(tmp_path / "lock")) as token:
-        made = FileDomain.create(
-            token, str(tmp_path), make_id(), version=5, storage_type="LOCALFS", remote_path="/x", ctime=CTIME
-        )
-        StoragePool.create(token, make_id(), "pool", made)
-        made.close()
-    return Pool(
-        tmp_path,
-        lambda: FileDomain.open(made.name),
-        lambda token: connect(tmp_path, token=token, lvm=local_lvm(tmp_path / "host", [])),
-    )
-
-
-@pytest.fixture
-def block_pool(tmp_path):
-    with loop_devices(tmp_path, 24 * GIB) as devices:
-        lvm = local_lvm(tmp_path / "host", devices)
-        uuid = make_id()
-        with FileToken(str(tmp_path / "lock")) as token:
-            domain = block_group.create_block_domain(token, lvm, SystemRunner(), uuid, devices, version=5, ctime=CTIME)
-            StoragePool.create(token, make_id(), "pool", domain)
-        with volume_device(lvm, SystemRunner(), domain.state, "master") as device:
-            subprocess.run(["debugfs", "-w", "-R", "mkdir tasks", device], check=True, capture_output=True)
-        made = Pool(
-            tmp_path,
-            lambda: block_group.BlockDomain.open(lvm, uuid),
-            lambda token: connect(tmp_path, token=token, lvm=lvm),
-        )
-        made.devices = devices
+@pytest.fixture(params=["file", pytest.param("block", marks=pytest.mark.real("lvm", "losetup", "mke2fs"))])
+def pool(request, tmp_path):
+    with {"file": file_pool, "block": block_pool}[request.param](tmp_path) as made:
         yield made
 
 
-@pytest.fixture(params=["file", pytest.param("block", marks=pytest.mark.real("lvm", "losetup", "mke2fs"))])
-def pool(request):
-    return request.getfixturevalue(f"{request.param}_pool")
+@pytest.fixture(name="block_pool")
+def only_block_pool(tmp_path):
+    with block_pool(tmp_path) as made:
+        yield made
 
 
 def tasks_of(pool):
     with (
-        FileToken(str(pool.folder / "lock")) as token,
+        pool.token() as token,
         contextlib.closing(pool.open_master()) as master,
         master_files(token, master, "tasks") as root,
     ):
@@ -129,7 +50,7 @@ def tasks_of(pool):
 def begin_task(pool):
     """Store a task and die in it; to be called in a process of its own."""
     with (
-        FileToken(str(pool.folder / "lock")) as token,
+        pool.token() as token,
         contextlib.closing(pool.open_master()) as master,
         master_files(token, master, "tasks") as root,
         TaskManager(TaskStore(root), {}).task(token, "create") as task,
@@ -147,7 +68,7 @@ def loops():
 
 def cut_merge(pool):
     """Leave a merge in the middle; returns the image and what it reads as."""
-    with FileToken(str(pool.folder / "lock")) as token, contextlib.closing(pool.open_master()) as master:
+    with pool.token() as token, contextlib.closing(pool.open_master()) as master:
         image, base = make_id(), make_id()
         vol.create_volume(token, master, vol.VolumeSpec(image, base, 128 * MIB), CTIME)
         leaf = sn.create_snapshot(token, master, image, ctime=CTIME)
@@ -161,10 +82,10 @@ def cut_merge(pool):
 
 
 def test_s5_a_new_manager_ends_stored_tasks_and_cut_operations(pool):
-    assert killed_child(1 << 30, lambda: begin_task(pool))
+    assert killed_child(None, lambda: begin_task(pool))
     base = cut_merge(pool)
     assert len(tasks_of(pool)) == 1
-    pool.lead()
+    pool.manage(2)
     assert pool.undone == [("1",), ("0",)] and pool.told == []
     assert tasks_of(pool) == []
     with contextlib.closing(pool.open_master()) as master:
@@ -174,10 +95,10 @@ def test_s5_a_new_manager_ends_stored_tasks_and_cut_operations(pool):
 
 
 @pytest.mark.real("lvm", "losetup", "mke2fs")
-def test_a_master_is_mounted_for_nobody_else_and_for_no_longer_than_its_process(block_pool, tmp_path):
+def test_a_master_is_mounted_for_nobody_else_and_for_no_longer_than_its_process(block_pool):
     def hold():
         with (
-            FileToken(str(tmp_path / "lock")) as token,
+            block_pool.token() as token,
             contextlib.closing(block_pool.open_master()) as master,
             master_files(token, master, "tasks") as root,
         ):
@@ -186,18 +107,19 @@ def test_a_master_is_mounted_for_nobody_else_and_for_no_longer_than_its_process(
             assert loop not in Path("/proc/self/mounts").read_text().split()
             os.kill(os.getpid(), 9)
 
-    assert killed_child(1 << 30, hold)
+    assert killed_child(None, hold)
     assert tasks_of(block_pool) == ["seen"]
-    assert not set(block_pool.devices) & set(loops())
+    # The kernel unmounts what a killed process had a little after it is gone.
+    wait_for(lambda: not set(block_pool.devices) & set(loops()))
 
 
 @pytest.mark.real("lvm", "losetup", "mke2fs")
-def test_a_master_whose_file_system_is_broken_keeps_nobody_from_starting(block_pool, tmp_path):
+def test_a_master_whose_file_system_is_broken_keeps_nobody_from_starting(block_pool):
     base = cut_merge(block_pool)
     with contextlib.closing(block_pool.open_master()) as master, master.special("master", writable=True) as storage:
         storage.zero(0, 64 * MIB)
         storage.flush()
-    block_pool.lead()
+    block_pool.manage(2)
     assert len(block_pool.told) == 1 and "cannot be mended" in block_pool.told[0]
     with contextlib.closing(block_pool.open_master()) as master:
         assert check_domain(master).clean and list(master.entries()) == [base]

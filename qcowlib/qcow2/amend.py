@@ -117,9 +117,7 @@ async def amend(
     await _change_header(writer, options, wanted.lazy)
     if options.size is not None and options.size != header.size:
         sparse = not like_qemu
-        await resize(
-            writer, options.size, backing_size=backing_size, refresh=refresh, shrink=True, sparse=sparse
-        )
+        await resize(writer, options.size, backing_size=backing_size, refresh=refresh, shrink=True, sparse=sparse)
     if wanted.version < header.version:
         if like_qemu:
             await _check_downgrade(image, options, wanted)

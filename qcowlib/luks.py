@@ -68,6 +68,10 @@ class KeyChange(NamedTuple):
     secret: Passphrase | None = None
     force: bool = False
 
+    def __repr__(self) -> str:
+        # No passphrase is part of it.
+        return f"KeyChange(state={self.state!r}, keyslot={self.keyslot!r}, force={self.force!r})"
+
     def check(self) -> None:
         """Raise UsageError or SecretError, in qemu's words, for parts that do not go together."""
         if self.state is None:

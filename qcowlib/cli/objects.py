@@ -47,10 +47,14 @@ def _properties(text: str) -> dict[str, str]:
     if text.startswith("{"):
         from qcowlib.cli.jsonin import JsonError, parse_json
 
+        value, wrong = None, ""
         try:
             value = parse_json(text)
         except JsonError as error:
-            raise Failure(str(error)) from None
+            # Without the word that is wrong, which may be the passphrase.
+            wrong = str(error).partition(" '")[0]
+        if wrong:
+            raise Failure(wrong)
         if isinstance(value, dict):
             found = {key: item for key, item in value.items() if isinstance(item, str)}
         return found
@@ -60,8 +64,13 @@ def _properties(text: str) -> dict[str, str]:
         elif index == 0:
             found["qom-type"] = key
         else:
-            raise Failure(f"Expected '=' after parameter '{key}'")
+            raise Failure(f"Expected '=' after parameter '{_shown(key, found)}'")
     return found
+
+
+def _shown(key: str, found: Mapping[str, str]) -> str:
+    """Return *key* for a message; beside ``data`` it may be the rest of a passphrase behind a comma in it."""
+    return "..." if "data" in found else key
 
 
 def _secret(found: dict[str, str], known: Mapping[str, bytes]) -> tuple[str, bytes]:
@@ -75,10 +84,10 @@ def _secret(found: dict[str, str], known: Mapping[str, bytes]) -> tuple[str, byt
         raise Failure("Parameter 'id' is missing")
     for key in found:
         if key not in _KEYS:
-            raise Failure(f"Parameter '{key}' is unexpected")
+            raise Failure(f"Parameter '{_shown(key, found)}' is unexpected")
     encoding = found.get("format", "raw")
     if encoding not in ("raw", "base64"):
-        raise Failure(f"Parameter 'format' does not accept value '{encoding}'")
+        raise Failure(f"Parameter 'format' does not accept value '{_shown(encoding, found)}'")
     if not (name[:1].isascii() and name[:1].isalpha() and all(c.isalnum() or c in "-._" for c in name)):
         raise Failure(
             "Parameter 'id' expects an identifier",

@@ -231,6 +231,9 @@ class Scanner:
         word = self.words[self._position]
         self._position += 1
         name, equals, text = word[2:].partition("=")
+        if "data" in text:
+            # No message repeats what may be a passphrase.
+            word = f"--{name}=..."
         option = self._long.get(name)
         if option is None:
             matches = [o for o in self._long.values() if o.long.startswith(name) and not o.extra]

@@ -8,7 +8,9 @@ nothing to settle.
 
 Invariant: S1 also against hosts with sanlock.  A lockspace in which any host
 id is renewed while we watch, for as long as that host could be late, is
-refused; locks and sanlock are never mixed on one domain.
+refused; one in which a host appears later ends the leases held here at their
+next proof; a lease held in the form of older versions is refused.  Locks and
+other forms are never mixed on one domain.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from collections.abc import Callable
 from typing import Final
 
 from qcowlib.errors import StorageError
-from qcowlib.storage.file import FileStorage
+from qcowlib.units import MiB
 from storage_pool.lease_records import parse_leader
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
 from .errors import LeaseError, LeaseHeld
-from .host_records import io_timeout_of
+from .host_records import io_timeout_of, open_area, refuse_older_form
 from .proof import LeaseProof
 from .timing import LeaseTiming
 
@@ -34,11 +36,13 @@ __all__ = ["EmbeddedLeases", "live_hosts"]
 
 _HOSTS: Final = 2000
 _LOOK_S: Final = 1.0
+#: Where a record has its time; most records have none.
+_TIMESTAMP: Final = slice(152, 160)
 
 
 def _stamps(area: LeaseArea) -> tuple[dict[int, tuple[int, int]], float]:
     """Return (generation, timestamp) of each host id in use, and the longest I/O timeout among them."""
-    storage = FileStorage.open(area.path)
+    storage = open_area(area)
     try:
         data = bytearray(4096)
         storage.read_into(area.offset, [data])
@@ -52,7 +56,10 @@ def _stamps(area: LeaseArea) -> tuple[dict[int, tuple[int, int]], float]:
     found = {}
     timeout_s = 0.0
     for number in range(min(_HOSTS, len(table) // first.sector_size)):
-        record = bytes(table[number * first.sector_size :][:512])
+        start = number * first.sector_size
+        record = bytes(table[start : start + 512])
+        if not any(record[_TIMESTAMP]):
+            continue
         leader = parse_leader(record)
         if leader is not None and leader.timestamp:
             found[number + 1] = leader.owner_generation, leader.timestamp
@@ -79,6 +86,11 @@ def live_hosts(area: LeaseArea, sleep: Callable[[float], None]) -> list[int]:
     return []
 
 
+def _used_by(host_id: int, area: LeaseArea) -> LeaseHeld:
+    hint = "Install and start sanlock on this host too."
+    return LeaseHeld(f"host {host_id} uses this domain through sanlock", path=area.path, hint=hint)
+
+
 class EmbeddedLeases:
     """A :class:`~spm.proof.ProvingLeases` on files in *folder*, which must be local to this host."""
 
@@ -87,18 +99,23 @@ class EmbeddedLeases:
         self._clock = clock
         self._sleep = sleep
         self._joined: dict[str, int] = {}
+        #: Where each lockspace is, and what its records were when it was joined.
+        self._found: dict[str, tuple[LeaseArea, dict[int, tuple[int, int]]]] = {}
         self._held: dict[Lease, tuple[int, LeaseOwner]] = {}
 
     def join(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
         """See :class:`~storage_pool.leases.Leases`.  Raises: LeaseHeld when sanlock is at work on the domain."""
         hosts = live_hosts(area, self._sleep)
         if hosts:
-            raise LeaseHeld(
-                f"host {hosts[0]} uses this domain through sanlock",
-                path=area.path,
-                hint="Install and start sanlock on this host too.",
-            )
+            raise _used_by(hosts[0], area)
+        self._found[lockspace] = area, _stamps(area)[0]
         self._joined[lockspace] = host_id
+
+    def _others(self, lockspace: str) -> list[int]:
+        """Return the host ids that came or were renewed since the lockspace was joined."""
+        area, before = self._found[lockspace]
+        now, _ = _stamps(area)
+        return [host for host, stamp in now.items() if before.get(host) != stamp]
 
     def leave(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
         """See :class:`~storage_pool.leases.Leases`."""
@@ -126,6 +143,10 @@ class EmbeddedLeases:
             raise LeaseError(f"the lockspace {lease.lockspace} was not joined")
         if lease in self._held:
             raise LeaseHeld(f"the lease {lease.name} is held here already")
+        others = self._others(lease.lockspace)
+        if others:
+            raise _used_by(others[0], lease.area)
+        refuse_older_form(lease, MiB)
         fd = self._open(lease)
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -166,6 +187,9 @@ class EmbeddedLeases:
     def prove(self, lease: Lease) -> LeaseProof:
         """See :class:`~spm.proof.ProvingLeases`."""
         held = self._held.get(lease)
+        others = self._others(lease.lockspace) if held else []
+        if others:
+            return LeaseProof(self._clock(), 1, LeaseOwner(others[0], 0, 0))
         return LeaseProof(self._clock(), 1, held[1] if held else None)
 
     def connected(self) -> bool:

@@ -26,17 +26,21 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
+from contextlib import closing
 from typing import Final, NamedTuple
 
 from qcowlib.errors import StorageError
 from qcowlib.storage.file import FileStorage
-from storage_pool.lease_records import left_host_record, parse_leader
-from storage_pool.leases import LeaseArea
+from storage_pool.errors import MetadataError
+from storage_pool.lease_records import SAFELEASE_SIZE, SafeleaseTag, left_host_record, parse_leader
+from storage_pool.leases import Lease, LeaseArea
 
+from .errors import LeaseHeld
 from .timing import LeaseTiming
 
-__all__ = ["Damaged", "RecordMender", "io_timeout_of", "read_sector"]
+__all__ = ["Damaged", "RecordMender", "io_timeout_of", "open_area", "read_sector", "refuse_older_form"]
 
+POOL_LEASE: Final = "SDM"
 #: Bytes of a record that are read; the rest of a large sector is zero.
 RECORD_SIZE: Final = 512
 _CLAIM_AT: Final = 256
@@ -49,7 +53,7 @@ _MAX_GENERATION: Final = 1 << 32
 
 def read_sector(area: LeaseArea, offset: int) -> bytes:
     """Read a record that other hosts write, around the page cache where the file allows.  Raises: StorageError."""
-    storage = _open(area, writable=False)
+    storage = open_area(area)
     try:
         data = bytearray(RECORD_SIZE)
         storage.read_into(area.offset + offset, [data])
@@ -58,13 +62,38 @@ def read_sector(area: LeaseArea, offset: int) -> bytes:
     return bytes(data)
 
 
-def _open(area: LeaseArea, *, writable: bool) -> FileStorage:
+def open_area(area: LeaseArea, *, writable: bool = False) -> FileStorage:
+    """Open what other hosts write, around the page cache where the file allows.  Raises: StorageError."""
     try:
         return FileStorage.open(area.path, writable=writable, cache="none")
     except StorageError as error:
         if error.errno != errno.EINVAL:
             raise
         return FileStorage.open(area.path, writable=writable)
+
+
+def refuse_older_form(lease: Lease, alignment: int) -> None:
+    """Raise LeaseHeld where a host holds the pool's *lease* in the form of versions before 3.
+
+    That is a block one *alignment* before the lease.  Raises: StorageError.
+    """
+    offset = lease.area.offset - alignment
+    if lease.name != POOL_LEASE or offset < 0:
+        return
+    data = bytearray(SAFELEASE_SIZE)
+    with closing(open_area(lease.area)) as storage:
+        if storage.size >= offset + SAFELEASE_SIZE:
+            storage.read_into(offset, [data])
+    try:
+        tag = SafeleaseTag.parse(bytes(data))
+    except MetadataError:
+        return
+    if tag.host_id is not None:
+        raise LeaseHeld(
+            f"host {tag.host_id} holds the lease in the form of older versions",
+            path=lease.area.path,
+            hint="Stop that host; if it is down, free the block.",
+        )
 
 
 def io_timeout_of(record: bytes) -> int:
@@ -148,7 +177,7 @@ class RecordMender:
 
     @staticmethod
     def _write(found: Damaged, data: bytes) -> None:
-        storage = _open(found.area, writable=True)
+        storage = open_area(found.area, writable=True)
         try:
             offset = found.area.offset + (found.host_id - 1) * found.block_size
             storage.write(offset, [data.ljust(found.block_size, b"\0")])

@@ -26,12 +26,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from qcowlib.errors import printable
-from storage_pool.errors import MetadataError
-from storage_pool.lease_records import Leader, SafeleaseTag, parse_leader, released
+from storage_pool.lease_records import Leader, parse_leader, released
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
 from .errors import LeaseError, LeaseHeld, LeaseLost
-from .host_records import Damaged, RecordMender, read_sector
+from .host_records import Damaged, RecordMender, read_sector, refuse_older_form
 from .proof import LeaseProof
 from .timing import LeaseTiming
 
@@ -74,7 +73,6 @@ void free(void *);
 """
 _RES_SHARED: Final = 0x4
 _ACQUIRE_VALUE: Final = 0x1
-_POOL_LEASE: Final = "SDM"
 
 
 class SanlockClient(Protocol):
@@ -449,7 +447,7 @@ class SanlockLeases:
     def acquire(self, lease: Lease, *, shared: bool = False, value: bool = False) -> LeaseOwner:
         """See :class:`~storage_pool.leases.Leases`; with *value* also :meth:`get_value` and :meth:`set_value`."""
         host_id, _ = self._own(lease.lockspace)
-        self._refuse_older_form(lease)
+        refuse_older_form(lease, self._leader(lease).alignment)
         try:
             self._select().acquire(self.fileno(), lease, shared, value)
         except LeaseError as error:
@@ -461,22 +459,6 @@ class SanlockLeases:
         self._held.add(lease)
         leader = self._leader(lease)
         return LeaseOwner(host_id, self._delta(lease.lockspace, host_id).owner_generation, leader.version)
-
-    def _refuse_older_form(self, lease: Lease) -> None:
-        """Raise LeaseHeld where a host of an older version has the pool's lease in its own form, before ours."""
-        offset = lease.area.offset - self._leader(lease).alignment
-        if lease.name != _POOL_LEASE or offset < 0:
-            return
-        try:
-            tag = SafeleaseTag.parse(read_sector(lease.area._replace(offset=offset), 0))
-        except MetadataError:
-            return
-        if tag.host_id is not None:
-            raise LeaseHeld(
-                f"host {tag.host_id} holds the lease in the form of older versions",
-                path=lease.area.path,
-                hint="Stop that host; if it is down, free the block.",
-            )
 
     def release(self, lease: Lease) -> None:
         """See :class:`~storage_pool.leases.Leases`; one that is not held is fine."""

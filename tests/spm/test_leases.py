@@ -18,8 +18,9 @@ from spm.sanlock import SanlockLeases, _parse_state
 from spm.testing.leases import SimHost, SimLeases, SimSpace
 from spm.timing import LeaseTiming
 from storage_pool.ids import make_id
-from storage_pool.lease_records import LOCKSPACE_MAGIC, parse_leader
+from storage_pool.lease_records import LOCKSPACE_MAGIC, SafeleaseTag, parse_leader
 from storage_pool.leases import Lease, LeaseArea
+from storage_pool.testing.lvm import attached
 
 from .conftest import IO_TIMEOUT_S, MIB, lease_file, library_client, make_client, sanlock_daemon
 
@@ -330,6 +331,46 @@ def test_embedded_refuses_a_domain_that_another_host_renews(tmp_path):
         leases.join("space", 1, LeaseArea(str(path), 0))
     with pytest.raises(LeaseError, match="not joined"):
         leases.acquire(Lease("space", "SDM", LeaseArea(str(path), 0)))
+
+
+def test_s1_embedded_lease_ends_when_a_host_of_sanlock_appears_later(tmp_path):
+    with make_embedded(tmp_path) as one:
+        path = one.area.path
+        one.leases.join("space", 1, one.area)
+        owner = one.leases.acquire(one.sdm)
+        assert one.leases.prove(one.sdm).owner == owner
+        record(path, 3, 1000)
+        watch = LeaseWatch(TIMING, owner, 1, one.leases.prove(one.sdm), boot_clock())
+        assert watch.reason == "another host holds the lease"
+        one.leases.release(one.sdm)
+        with pytest.raises(LeaseHeld, match="host 3 uses this domain"):
+            one.leases.acquire(one.sdm)
+
+
+@pytest.mark.real("losetup")
+def test_s1_embedded_sees_a_renewal_that_came_through_another_path_to_the_device(tmp_path):
+    """What this host's page cache holds of the device is old as soon as another host wrote."""
+    path = lease_file(tmp_path / "disk", "space", [])
+    record(path, 3, 1000)
+    with attached([path]) as (device,), open(device, "rb") as kept:
+        # Somebody on this host read it and still has it open.
+        kept.read(4 * MIB)
+        clock = iter(range(1001, 2000))
+        assert live_hosts(LeaseArea(device, 0), lambda _: record(path, 3, next(clock))) == [3]
+
+
+@pytest.mark.parametrize("tag", [SafeleaseTag(12, 77), SafeleaseTag(None)])
+def test_s1_embedded_refuses_a_lease_that_is_held_in_the_older_form(tmp_path, tag):
+    path = tmp_path / "leases"
+    path.write_bytes(tag.pack().ljust(2 * MIB, b"\0"))
+    lease = Lease("space", "SDM", LeaseArea(str(path), MIB))
+    leases = EmbeddedLeases(str(tmp_path), boot_clock, time.sleep)
+    leases.join("space", 1, LeaseArea(str(lease_file(tmp_path / "ids", "space", [])), 0))
+    if tag.host_id is None:
+        assert leases.acquire(lease).host_id == 1
+    else:
+        with pytest.raises(LeaseHeld, match="host 12 holds the lease in the form of older versions"):
+            leases.acquire(lease)
 
 
 def test_embedded_takes_a_domain_whose_hosts_are_gone_after_their_limit(tmp_path):

@@ -250,6 +250,16 @@ def _short_tables(layer: Layer) -> list[tuple[int, int]]:
     return found
 
 
+def _end_of_data(layer: Layer) -> int:
+    """Return where clusters of a layer cannot hold data any more.
+
+    Source: qemu; its check takes a cluster that the file ends in, and reads zeros from there, but none behind that.
+    """
+    if not isinstance(layer, Qcow2Image):
+        return NO_OFFSET
+    return round_up(layer.data.size, layer.cluster_size)
+
+
 class _SalvagePlan(Plan):
     """All that the map tells, and zeros where it tells nothing."""
 
@@ -258,6 +268,7 @@ class _SalvagePlan(Plan):
         self._lost = lost
         self._refused = refused
         self._short = [_short_tables(layer) for layer in image.layers]
+        self._ends = [_end_of_data(layer) for layer in image.layers]
 
     def _runs(self) -> Iterator[list[Run]]:
         """Ask for more and more while the map answers, for one cluster where it does not."""
@@ -284,8 +295,14 @@ class _SalvagePlan(Plan):
                 if kind == HOLE and self._refused is not None:
                     self._lost.add(guest, count, "backing", self._refused)
                 self._tell_short(guest, count, len(self._short) if kind == HOLE else layer + 1)
-                found.append(Run(status, guest, count, source, kind, guest, host, layer))
                 position = guest + count
+                there = min(max(self._ends[layer] - host, 0), count) if kind == DATA else count
+                if there:
+                    found.append(Run(status, guest, there, source, kind, guest, host, layer))
+                if there < count:
+                    at, rest = guest + there, count - there
+                    self._lost.add(at, rest, "data", "the data would lie behind the end of the file")
+                    found.append(Run(ZEROS, at, rest, source, HOLE, at, NO_OFFSET, 0))
             yield found
 
     def _tell_short(self, start: int, length: int, layers: int) -> None:

@@ -85,6 +85,13 @@ def l2_of_garbage(path: Path) -> tuple[int, int]:
     return 3 * REACH, 4 * REACH
 
 
+def data_past_the_end(path: Path) -> tuple[int, int]:
+    _, entries = l1_of(path)
+    table = entries[0] & 0x00FFFFFFFFFFFE00
+    poke(path, table + 8 * 3, ((1 << 63) | (1 << 40)).to_bytes(8, "big"))
+    return 3 * CLUSTER, 4 * CLUSTER
+
+
 def file_cut_short(path: Path, cut: int = 0) -> tuple[int, int]:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size * 3 // 4 // CLUSTER * CLUSTER + cut)
@@ -95,6 +102,7 @@ DAMAGES: list[Callable[[Path], tuple[int, int]]] = [
     l1_entry_past_the_end,
     l1_entry_unaligned,
     l2_of_garbage,
+    data_past_the_end,
     file_cut_short,
 ]
 
@@ -116,6 +124,21 @@ def test_damage_is_read_around(
         holds(found, target, wanted)
     assert path.read_bytes() == before
     assert salvage(path, None) == found
+
+
+def test_cluster_that_the_file_ends_in_is_whole_and_the_next_one_is_lost(tmp_path: Path) -> None:
+    path, target = tmp_path / "disk", tmp_path / "target"
+    qcowlib.create(path, 4 * CLUSTER, cluster_size=CLUSTER)
+    with qcowlib.open(path, "r+") as image:
+        image.pwrite(b"d" * (3 * CLUSTER), 0)
+        last = [extent.offset for extent in image.extents() if extent.kind == "data"][-1]
+    assert last is not None
+    with path.open("r+b") as file:
+        file.truncate(last + CLUSTER + 512)
+    found = salvage(path, target)
+    assert [(one.start, one.length, one.kind) for one in found.lost] == [(2 * CLUSTER, CLUSTER, "data")]
+    with qcowlib.open(target) as image:
+        assert image.pread(3 * CLUSTER, 0) == (b"d" * (CLUSTER + 512)).ljust(3 * CLUSTER, b"\0")
 
 
 @pytest.mark.real("qemu-img")

@@ -125,8 +125,11 @@ class PoolDuties(Duties):
             self._tell(f"task {task} is left: {why}")
 
     def _recover_domains(self, token: LeaseToken) -> None:
+        # A host may see volume groups and directories of other pools, which have managers of their own.
+        with closing(self._open_master()) as master:
+            members = {master.uuid, *master.metadata.pool_domains}
         with self._connect(token) as engine:
-            reports = engine.recover()
+            reports = engine.recover(members)
         for uuid, report in sorted(reports.items()):
             if report.error:
                 self._tell(f"nothing is recovered in {uuid}: {report.error}")

@@ -13,7 +13,7 @@ when it is closed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -268,9 +268,11 @@ class Engine:
         )
         return self._keep_pool(made)
 
-    def recover(self) -> dict[str, DomainReport]:
+    def recover(self, only: Collection[str] | None = None) -> dict[str, DomainReport]:
         """End or take back everything that was cut, in all domains; returns by UUID what is left.
 
+        *only* are the domains that the caller may change: what looks cut in a
+        domain of another pool may be what its own manager is doing.
         One domain after the other: the report of one that cannot be opened or
         mended has the ``error``, as has that of ``lvm`` where no volume group
         could be looked for.  Raises: NotAuthorized.
@@ -281,7 +283,7 @@ class Engine:
             uuids.update(BlockDomain.discover(self._lvm) if self._lvm is not None else ())
         except (Error, OSError) as error:
             reports["lvm"] = unread(error)
-        for uuid in sorted(uuids):
+        for uuid in sorted(uuids if only is None else uuids.intersection(only)):
             try:
                 domain = self.domain(uuid)
                 if domain.domain.metadata.domain_class != md.ISO:

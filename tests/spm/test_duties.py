@@ -13,12 +13,16 @@ from spm.tasks import Recovery, TaskManager, TaskStore
 from storage_pool import merge as mg
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
+from storage_pool.block_group import create_block_domain
 from storage_pool.check import check_domain
+from storage_pool.embedded import FileToken
 from storage_pool.ids import make_id
 from storage_pool.master_files import master_files
+from storage_pool.process import SystemRunner
 from storage_pool.testing.killing import Killed, KillingDomain, killed_child
+from storage_pool.testing.lvm import local_lvm, loop_devices
 
-from .pools import CTIME, block_pool, file_pool
+from .pools import CTIME, GIB, block_pool, file_pool
 from .test_host_process import wait_for
 
 MIB = 1 << 20
@@ -123,3 +127,20 @@ def test_a_master_whose_file_system_is_broken_keeps_nobody_from_starting(block_p
     assert len(block_pool.told) == 1 and "cannot be mended" in block_pool.told[0]
     with contextlib.closing(block_pool.open_master()) as master:
         assert check_domain(master).clean and list(master.entries()) == [base]
+
+
+def test_a_manager_leaves_what_another_pool_is_making(block_pool, tmp_path):
+    """It looks like something that was cut, and is what the other pool's manager does now."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with loop_devices(folder, 24 * GIB) as devices, FileToken(str(folder / "lock")) as token:
+        uuid, volume = make_id(), make_id()
+        lvm = local_lvm(folder / "host", devices)
+        other = create_block_domain(token, lvm, SystemRunner(), uuid, devices, version=5, ctime=CTIME)
+        other.allocate(token, make_id(), volume, MIB)
+        block_pool.devices.extend(devices)
+        seen = []
+        block_pool.manage(2, lambda engine: seen.extend(domain.uuid for domain in engine.domains()))
+        assert uuid in seen and block_pool.told == []
+        other.refresh()
+        assert other.entries()[volume].initializing

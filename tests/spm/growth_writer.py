@@ -4,7 +4,8 @@
 
 usage: growth_writer.py FOLDER DEVICE DOMAIN VOLUME SOCKET MIB CHUNK-MIB PERCENT
 
-Prints one JSON object: what growing took, and the seconds of the whole.
+Prints one JSON object: what growing took, the seconds of the whole, and by request the seconds from asking until
+the volume was extended (the manager's answer) and until the writer, which goes on, has the room.
 """
 
 import json
@@ -30,9 +31,17 @@ def block(number):
 def main(folder, device, uuid, volume, socket, mib, chunk, percent):
     domain = BlockDomain.open(local_lvm(Path(folder), [device]), uuid)
 
+    asked, answered, seen = {}, {}, {}
+
     def request(size):
+        asked[size] = time.monotonic()
         body = {"domain": uuid, "volume": volume, "size_mib": -(-size // MiB)}
-        threading.Thread(target=ask, args=(socket, "/extend", body), daemon=True).start()
+
+        def wait():
+            if ask(socket, "/extend", body)[0] == 200:
+                answered[size] = time.monotonic()
+
+        threading.Thread(target=wait, daemon=True).start()
 
     policy = ThinPolicy(int(chunk) * MiB, int(percent))
     image, storage = open_growing(domain, volume, request, clock, time.sleep, policy=policy)
@@ -40,8 +49,16 @@ def main(folder, device, uuid, volume, socket, mib, chunk, percent):
     with image:
         for number in range(int(mib)):
             image.pwrite(block(number), number * MiB)
+            for size in asked.keys() - seen.keys():
+                if storage.size >= size:
+                    seen[size] = time.monotonic()
         image.flush()
-    print(json.dumps({**storage.growth._asdict(), "seconds": time.monotonic() - began}))
+    seconds = time.monotonic() - began
+    figures = {
+        name: [round(times[size] - asked[size], 3) for size in sorted(times)]
+        for name, times in (("extended_s", answered), ("refreshed_s", seen))
+    }
+    print(json.dumps({**storage.growth._asdict(), "seconds": round(seconds, 3), **figures}))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -106,13 +107,29 @@ def test_disk_has_an_end():
     assert volume.asked == []
 
 
+def told(growth):
+    """Return the figures of a writer in words."""
+    parts = [f"{growth['requests']} requests, {growth['pauses']} waits, the longest {growth['longest_pause_s']:.2f} s"]
+    for name in ("extended_s", "refreshed_s"):
+        times = growth[name]
+        if times:
+            least, middle, most = min(times), statistics.median(times), max(times)
+            parts.append(f"{name.removesuffix('_s')} after {least:.2f} / {middle:.2f} / {most:.2f} s")
+    return f"{', '.join(parts)}, {growth['seconds']:.1f} s in all"
+
+
 # -- two hosts, a real group -------------------------------------------------------
 
 
 @pytest.mark.real("lvm", "losetup", "sanlock")
 @pytest.mark.bare
-@pytest.mark.parametrize("chunk_mib", [128, 1024], ids=["small chunks", "the reference's chunk"])
-def test_writer_at_full_speed_never_runs_out(tmp_path, run_dirs, chunk_mib):
+@pytest.mark.parametrize(
+    ("chunk_mib", "percent", "total"),
+    [(128, 50, 600), (1024, 50, 1500), (640, 20, 1500)],
+    ids=["small chunks", "the reference's setting", "today's setting, a quarter of it"],
+)
+def test_writer_at_full_speed_never_runs_out(tmp_path, run_dirs, chunk_mib, percent, total):
+    """The volume begins with one chunk; the figures are printed (``-s``) for docs/spm.md."""
     lun = tmp_path / "lun"
     lun.touch()
     os.truncate(lun, 40 * GIB)
@@ -127,7 +144,7 @@ def test_writer_at_full_speed_never_runs_out(tmp_path, run_dirs, chunk_mib):
             with domain.special("ids", writable=True) as ids:
                 ids.write(0, [lockspace_area(uuid, io_timeout_s=IO_TIMEOUT_S)])
                 ids.flush()
-            spec = VolumeSpec(make_id(), make_id(), 2 * GIB, format="COW", initial_size=128 * MiB)
+            spec = VolumeSpec(make_id(), make_id(), 2 * GIB, format="COW", initial_size=chunk_mib * MiB)
             create_volume(token, domain, spec, ctime=1)
         hosts = []
         for number in (1, 2):
@@ -144,11 +161,10 @@ def test_writer_at_full_speed_never_runs_out(tmp_path, run_dirs, chunk_mib):
         first = wait_for(lambda: manager(hosts), 60, hosts)
         (other,) = [host for host in hosts if host is not first]
         wait_for(lambda: other.lines() and other.lines()[-1]["lockspace"] == "joined", 60, hosts)
-        total = 600
         number = other.number
         command = [sys.executable, WRITER, tmp_path / f"host{number}", devices[number], uuid, spec.volume, other.socket]
         done = subprocess.run(
-            [str(word) for word in (*command, total, chunk_mib, 50)],
+            [str(word) for word in (*command, total, chunk_mib, percent)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
@@ -156,9 +172,9 @@ def test_writer_at_full_speed_never_runs_out(tmp_path, run_dirs, chunk_mib):
             check=False,
         )
         assert done.returncode == 0, done.stderr + "".join(host.output.read_text() for host in hosts)
-        print(f"chunk {chunk_mib} MiB: {done.stdout}")
         growth = json.loads(done.stdout)
-        assert growth["requests"] >= 1
+        assert growth["requests"] >= 1 and len(growth["refreshed_s"]) >= 1
+        print(f"\n{chunk_mib} MiB, {percent} %: {told(growth)}")
         fresh = BlockDomain.open(local_lvm(tmp_path / "host0", [devices[0]]), uuid)
         assert fresh.size_of(spec.volume) >= total * MiB
         with open_image(fresh, spec.volume) as image:

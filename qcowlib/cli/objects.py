@@ -69,8 +69,11 @@ def _properties(text: str) -> dict[str, str]:
 
 
 def _shown(key: str, found: Mapping[str, str]) -> str:
-    """Return *key* for a message; beside ``data`` it may be the rest of a passphrase behind a comma in it."""
-    return "..." if "data" in found else key
+    """Return *key* for a message; behind ``data`` it may be the rest of a passphrase with a comma in it."""
+    before = list(found)
+    if key in found:
+        del before[before.index(key) :]
+    return "..." if "data" in before else key
 
 
 def _secret(found: dict[str, str], known: Mapping[str, bytes]) -> tuple[str, bytes]:
@@ -87,7 +90,7 @@ def _secret(found: dict[str, str], known: Mapping[str, bytes]) -> tuple[str, byt
             raise Failure(f"Parameter '{_shown(key, found)}' is unexpected")
     encoding = found.get("format", "raw")
     if encoding not in ("raw", "base64"):
-        raise Failure(f"Parameter 'format' does not accept value '{_shown(encoding, found)}'")
+        raise Failure(f"Parameter 'format' does not accept value '{encoding}'")
     if not (name[:1].isascii() and name[:1].isalpha() and all(c.isalnum() or c in "-._" for c in name)):
         raise Failure(
             "Parameter 'id' expects an identifier",

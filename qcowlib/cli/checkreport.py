@@ -65,7 +65,7 @@ def _places(ref: ImageRef, findings: Sequence[Finding]) -> dict[int, int]:
     try:
         with open_image(ref.path, format="qcow2", references=references(), backing=False, force_share=True) as image:
             for extent in image.extents():
-                if extent.kind == "data" and extent.offset is not None:
+                if extent.kind in ("data", "sparse") and extent.offset is not None:
                     found.update(_inside(wanted, extent.offset, extent.length, extent.start))
     except Error:
         # What cannot be opened or mapped has no guest offsets to tell.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET
+from qcowlib.driver import COMPRESSED, DATA, HOLE, NO_OFFSET, SPARSE
 from qcowlib.errors import Error, GateDenied, StorageError, UsageError
 from qcowlib.gate import References, qemu_like
 from qcowlib.image import Image
@@ -296,7 +296,9 @@ class _SalvagePlan(Plan):
                     self._lost.add(guest, count, "backing", self._refused)
                 self._tell_short(guest, count, len(self._short) if kind == HOLE else layer + 1)
                 position = guest + count
-                there = min(max(self._ends[layer] - host, 0), count) if kind == DATA else count
+                # What is behind the end of a file with holes looks like one of them.
+                ends = kind in (DATA, SPARSE)
+                there = min(max(self._ends[layer] - host, 0), count) if ends else count
                 if there:
                     found.append(Run(status, guest, there, source, kind, guest, host, layer))
                 if there < count:

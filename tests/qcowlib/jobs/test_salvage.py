@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcowlib
+from qcowlib.cli.main import main
 from qcowlib.jobs.salvage import Salvaged, salvage
 from qcowlib.testing.hostile import HostileCase, hostile_cases, materialize
 from tests.qcowlib.qemu import qemu_img
@@ -139,6 +141,22 @@ def test_cluster_that_the_file_ends_in_is_whole_and_the_next_one_is_lost(tmp_pat
     assert [(one.start, one.length, one.kind) for one in found.lost] == [(2 * CLUSTER, CLUSTER, "data")]
     with qcowlib.open(target) as image:
         assert image.pread(3 * CLUSTER, 0) == (b"d" * (CLUSTER + 512)).ljust(3 * CLUSTER, b"\0")
+
+
+@pytest.mark.real("qemu-img")
+def test_what_is_behind_the_end_of_a_file_with_holes_is_lost_and_named(tmp_path: Path) -> None:
+    """There the map tells of a hole in the file, and not of data."""
+    path, report = tmp_path / "disk", tmp_path / "report"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, "8M")
+    table = l1_of(path)[1][0] & 0x00FFFFFFFFFFFE00
+    poke(path, table + 8 * 3, ((1 << 63) | 0x7FFF0000).to_bytes(8, "big"))
+    with qcowlib.open(path) as image:
+        assert [one.kind for one in image.extents() if one.offset == 0x7FFF0000] == ["sparse"]
+    found = salvage(path, None)
+    assert [(one.start, one.length, one.kind) for one in found.lost] == [(3 << 16, 1 << 16, "data")]
+    main(["check", "--report", str(report), str(path)], "qcow")
+    before = json.loads(report.read_text())["before"]["findings"]
+    assert {one["guest-offset"] for one in before if one["kind"] == "past-end"} == {3 << 16}
 
 
 @pytest.mark.real("qemu-img")

@@ -49,7 +49,7 @@ class ProvingLeases(Leases, Protocol):
         """Return the host ids that are renewed now, as far as is known.  Raises: LeaseError."""
 
     def settle_s(self, lease: Lease) -> float:
-        """Return how long after :meth:`acquire` the first change must wait; ask before it.
+        """Return how long after :meth:`acquire` the first change must wait; ask before and after, the longer counts.
 
         A lease that its holder gave back, or that is taken after the holder's
         death, needs no wait.  One that is free because its host's daemon was

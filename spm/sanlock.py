@@ -369,6 +369,8 @@ class SanlockLeases:
         self._connection = -1
         self._joined: dict[str, tuple[int, LeaseArea]] = {}
         self._held: set[Lease] = set()
+        #: Of each lease that was taken, whether a write of its former holder may still be on its way.
+        self._unsettled: dict[Lease, bool] = {}
 
     def _select(self) -> SanlockClient:
         if self._run_dir is not None:
@@ -447,7 +449,8 @@ class SanlockLeases:
     def acquire(self, lease: Lease, *, shared: bool = False, value: bool = False) -> LeaseOwner:
         """See :class:`~storage_pool.leases.Leases`; with *value* also :meth:`get_value` and :meth:`set_value`."""
         host_id, _ = self._own(lease.lockspace)
-        refuse_older_form(lease, self._leader(lease).alignment)
+        before, taken_from = self._leader(lease), self._stored(lease)
+        refuse_older_form(lease, before.alignment)
         try:
             self._select().acquire(self.fileno(), lease, shared, value)
         except LeaseError as error:
@@ -458,6 +461,9 @@ class SanlockLeases:
             raise
         self._held.add(lease)
         leader = self._leader(lease)
+        # It changed hands while the daemon waited for it: of whom it was taken is not known.
+        passed_on = leader.version != before.version + 1
+        self._unsettled[lease] = passed_on or (taken_from is not None and not self._renewed(lease, taken_from))
         return LeaseOwner(host_id, self._delta(lease.lockspace, host_id).owner_generation, leader.version)
 
     def release(self, lease: Lease) -> None:
@@ -519,12 +525,15 @@ class SanlockLeases:
 
     def settle_s(self, lease: Lease) -> float:
         """See :class:`~spm.proof.ProvingLeases`."""
+        if lease in self._held:
+            return self.timing.landing_s if self._unsettled.get(lease) else 0.0
         owner = self._stored(lease)
-        if owner is None:
-            return 0.0
+        return 0.0 if owner is None or self._renewed(lease, owner) else self.timing.landing_s
+
+    def _renewed(self, lease: Lease, owner: LeaseOwner) -> bool:
+        """Whether the host id of *owner* is in the life in which it took *lease*."""
         delta = self._delta(lease.lockspace, owner.host_id, owner.generation)
-        renewed = delta.owner_generation == owner.generation and delta.timestamp
-        return 0.0 if renewed else self.timing.landing_s
+        return delta.owner_generation == owner.generation and bool(delta.timestamp)
 
     def _own(self, lockspace: str) -> tuple[int, LeaseArea]:
         if lockspace not in self._joined:

@@ -148,6 +148,8 @@ class SpmService:
         own = leases.acquire(self._lease)
         self._dropped = False
         self._undos.append(("lease", self._release))
+        # Taking it may have waited, and its holder's daemon may have been started anew meanwhile.
+        unreleased_s = max(unreleased_s, leases.settle_s(self._lease))
         stored = self._terms.read()
         wait_s = settling_s(host.timing, unreleased_s, max(stored.lease_version, 0), own)
         if wait_s:

@@ -4,11 +4,12 @@
 
 import contextlib
 import os
+import threading
 import time
 
 import pytest
 
-from spm.errors import LeaseError
+from spm.errors import LeaseError, LeaseHeld
 from spm.host_records import RECORD_SIZE, Damaged, RecordMender, read_sector
 from spm.sanlock import SanlockLeases
 from spm.timing import LeaseTiming
@@ -188,6 +189,38 @@ def test_s6_real_daemons_take_the_lease_and_join_again_once_a_record_is_mended(t
         again.join(space, 1, area)
         assert again.prove(lease).generation == before.generation + 1
         assert again.owner(lease).host_id == 2
+
+
+@pytest.mark.real("sanlock")
+@pytest.mark.bare
+def test_s2_a_lease_that_became_free_while_it_was_waited_for_is_settled(tmp_path, run_dirs):
+    """The holder's daemon dies and is started anew while another host waits for its death."""
+    space = make_id()
+    path = lease_file(tmp_path / "leases", space, ["SDM"])
+    area, lease = LeaseArea(str(path), 0), Lease(space, "SDM", LeaseArea(str(path), MIB))
+    with contextlib.ExitStack() as stack:
+        made = {}
+        for name, number in (("one", 1), ("two", 2), ("again", 1)):
+            (tmp_path / name).mkdir()
+            run_dir = run_dirs()
+            daemon = stack.enter_context(sanlock_daemon(run_dir, f"host{number}"))
+            made[name] = daemon, SanlockLeases(library_client(tmp_path / name), TIMING, str(run_dir), boot_clock)
+        (daemon, one), (_, two), (_, again) = made.values()
+        one.join(space, 1, area)
+        two.join(space, 2, area)
+        one.acquire(lease)
+        assert two.settle_s(lease) == 0
+        daemon.kill()
+        daemon.wait()
+        anew = threading.Thread(target=again.join, args=(space, 1, area))
+        anew.start()
+        while True:
+            # It is refused as held at first, or waits inside the daemon.
+            with contextlib.suppress(LeaseHeld):
+                two.acquire(lease)
+                break
+        anew.join()
+        assert two.settle_s(lease) == TIMING.landing_s
 
 
 def boot_clock():

@@ -187,6 +187,10 @@ class _Part:
             self.path, format=self.format, references=self.references, secret=self.secret, lock=False
         ) as whole:
             all_layers = layers_of(whole)
+        if isinstance(self.secret, list | tuple):
+            # Layers are opened by themselves, where their number in the chain says nothing.
+            names = [place.path for place in all_layers]
+            self.secret = {name: one for name, one in zip(names, self.secret, strict=False) if one is not None}
         high, low = find_part(all_layers, self.lowest, self.highest)
         self.layers, self.low = all_layers[high:], low - high
         above = all_layers[high - 1] if high else None
@@ -284,7 +288,10 @@ def _measure(part: _Part, new: _New | None, source: Image, stack: ExitStack) -> 
 
 def _check_raw(layer: RawImage) -> None:
     if not layer.plain:
-        raise UnsupportedFeature("merging into an encrypted raw image", path=layer.storage.name)
+        raise UnsupportedFeature(
+            "layers are not merged into a LUKS file; make a new image of them, or merge those above it",
+            path=layer.storage.name,
+        )
 
 
 def _create(part: _Part, new: _New, where: str | Storage, size: int) -> None:

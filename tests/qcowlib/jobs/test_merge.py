@@ -21,6 +21,7 @@ import qcowlib
 from qcowlib.jobs.merge import merge, plan_merge
 from qcowlib.jobs.merge_copy import copy_layers
 from qcowlib.jobs.pipeline import Control
+from qcowlib.luks import LuksHeader
 from qcowlib.storage.linear import LinearStorage, Segment
 from qcowlib.storage.memory import MemoryStorage
 from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
@@ -359,3 +360,27 @@ def test_plan_changes_no_byte_of_an_external_data_file(tmp_path: Path) -> None:
     with pytest.raises(qcowlib.UsageError, match="one file"):
         qcowlib.plan_merge(top, target=tmp_path / "new", data_file=str(tmp_path / "new-data"))
     assert not (tmp_path / "new-data").exists()
+
+
+def test_a_luks_file_is_read_and_not_merged_into(tmp_path: Path) -> None:
+    base, names = tmp_path / "base", ["one", "two"]
+    area = LuksHeader.create("key", cipher_alg="aes-128", iter_time=0, host_sectors=False)[0]
+    base.write_bytes(area + bytes(256 << 10))
+    for below, name in zip(["base", "one"], names, strict=True):
+        form = "luks" if below == "base" else "qcow2"
+        qcowlib.create(tmp_path / name, 256 << 10, backing=tmp_path / below, backing_format=form, check_backing=False)
+    top, before = tmp_path / "two", base.read_bytes()
+    secret = [None, None, "key"]
+    with qcowlib.open(top, "r+", secret=secret) as image:
+        image.pwrite(b"top" * 1000, 70000)
+        expected = image.pread(image.size, 0)
+    for call in (merge, plan_merge):
+        with pytest.raises(qcowlib.UnsupportedFeature, match="not merged into a LUKS file; make a new image"):
+            call(top, secret=secret)  # type: ignore[operator]
+    assert base.read_bytes() == before
+    merge(top, target=tmp_path / "new", secret=secret)
+    assert qcowlib.open(tmp_path / "new").pread(256 << 10, 0) == expected
+    merge(top, lowest=tmp_path / "one", secret=secret)
+    with qcowlib.open(tmp_path / "one", secret=[None, "key"]) as image:
+        assert image.pread(image.size, 0) == expected
+    assert base.read_bytes() == before

@@ -18,7 +18,7 @@ from qcowlib.cli.names import ImageRef
 from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import hint_text, luks_secret, open_failure, open_image, open_storage, tell_lost_bitmaps
 from qcowlib.cli.parser import Args, Command, Option
-from qcowlib.errors import CorruptImage, Error, StorageError, UsageError
+from qcowlib.errors import CorruptImage, Error, StorageError, UnsupportedFeature, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -123,8 +123,9 @@ def _cause(verb: str, error: Error, compatible: bool) -> str:
     if verb == "apply":
         return f"Failed to load snapshot: {_load_error(error, compatible)}"
     if verb == "delete":
-        return error.message
-    code = errno.EFBIG if isinstance(error, UsageError) else getattr(error, "errno", None) or errno.EINVAL
+        return "snapshot not found" if compatible and isinstance(error, UnsupportedFeature) else error.message
+    known = errno.EFBIG if isinstance(error, UsageError) else getattr(error, "errno", None)
+    code = known or (errno.EOPNOTSUPP if isinstance(error, UnsupportedFeature) else errno.EINVAL)
     detail = "" if isinstance(error, StorageError) or compatible else f": {error.message}"
     return f"-{code} ({os.strerror(code)}){detail}"
 
@@ -136,4 +137,6 @@ def _load_error(error: Error, compatible: bool) -> str:
         return os.strerror(errno.ENOENT)
     if not compatible:
         return error.message
+    if isinstance(error, UnsupportedFeature):
+        return os.strerror(errno.EOPNOTSUPP)
     return os.strerror(errno.EFBIG if "too large" in error.message else errno.EINVAL)

@@ -117,7 +117,8 @@ class Copier:
         if self.offload is not None:
             return self._work_offload(unit, buffer, turn, self.offload)
         actions: list[Action] = []
-        used = done = 0
+        steps: list[int] = []
+        used = 0
         together = _read_together(unit, buffer)
         for stretch in unit:
             if stretch.status == COPY:
@@ -131,14 +132,15 @@ class Copier:
             else:
                 actions.append(Action(stretch.start, stretch.length, None))
                 continue
-            done += stretch.length
+            steps.append(stretch.length)
         if self.target.ordered:
             with turn:
                 placed = self.target.place(actions)
             self.target.store(placed)
         else:
             self.target.store(self.target.place(actions))
-        return done
+        turn.steps = steps
+        return sum(steps)
 
     # -- copying in the kernel ----------------------------------------------------
 

@@ -19,7 +19,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Final, Protocol, TypeVar
 
@@ -35,6 +35,7 @@ DEFAULT_MEMORY: Final = 64 * MiB
 
 #: Jobs with no more than this to do run in the caller's thread alone.
 _SMALL: Final = 4 * MiB
+_MOST_MARKS: Final = 10_000
 #: How long a rate limit may be exceeded before it is enforced, and how often progress is told.
 _SLICE_S: Final = 0.1
 
@@ -58,6 +59,7 @@ class Control:
         "_cancel",
         "_done",
         "_lock",
+        "_marks",
         "_progress",
         "_rate",
         "_start",
@@ -88,6 +90,7 @@ class Control:
         self._rate = rate or 0
         self._lock = threading.Lock()
         self._done = 0
+        self._marks: list[int] = []
         self._start = 0.0
         self._throttled = 0
         self.total = 0
@@ -112,15 +115,25 @@ class Control:
         self._start = time.monotonic()
         self.report()
 
-    def add(self, count: int) -> None:
-        """*count* more bytes are done; any thread may say so."""
+    def add(self, count: int, steps: Sequence[int] = ()) -> None:
+        """*count* more bytes are done, in *steps* if they are to be told apart; any thread may say so."""
         with self._lock:
+            done = self._done
             self._done += count
+            for step in steps if self.wanted else ():
+                done += step
+                if done - (self._marks[-1] if self._marks else 0) > self.total // _MOST_MARKS:
+                    self._marks.append(done)
 
     def report(self) -> None:
         """Tell the caller how far the job is."""
-        if self._progress is not None:
-            self._progress(min(self._done, self.total), self.total)
+        if self._progress is None:
+            return
+        with self._lock:
+            marks, self._marks = self._marks, []
+            marks.append(self._done)
+        for mark in marks:
+            self._progress(min(mark, self.total), self.total)
 
     def end(self) -> None:
         """The job is complete."""
@@ -148,11 +161,13 @@ class _Stop(Exception):
 class Turn:
     """``with turn:`` waits until every earlier unit had its turn, and keeps later ones out."""
 
-    __slots__ = ("_index", "_state", "taken")
+    __slots__ = ("_index", "_state", "steps", "taken")
 
     def __init__(self, state: _State, index: int) -> None:
         self._state = state
         self._index = index
+        #: Bytes of progress of the parts of the unit, which are told one by one.
+        self.steps: Sequence[int] = ()
         self.taken = False
 
     def __enter__(self) -> None:
@@ -276,7 +291,7 @@ def _one(
     if not turn.taken:
         with turn:
             pass
-    control.add(count)
+    control.add(count, turn.steps)
     control.throttle(count)
 
 

@@ -79,6 +79,17 @@ def test_any_number_of_volumes_is_removed_by_the_same_commands(crowded, cost, to
     assert cost(lambda: vol.remove_volumes(token, domain, image, volumes)) == (2, {"lvchange": 2, "lvremove": 1})
 
 
+def test_wiping_costs_no_command_more(crowded, cost, token):
+    domain, image, volumes = crowded
+    look = sn.preview(token, domain, image, volumes[0], ctime=CTIME)
+    removal = (2, {"lvchange": 1, "lvremove": 1})
+    assert cost(lambda: sn.undo_preview(token, domain, image, look, zero=True)) == removal
+    merge = (3, {"lvchange": 4, "lvremove": 1})
+    assert cost(lambda: mg.merge(token, domain, image, volumes[2], zero=True)) == merge
+    reports, commands = cost(lambda: ms.merge_by_swap(token, domain, image, volumes[0], zero=True))
+    assert commands == {"lvchange": 5, "lvcreate": 1, "lvremove": 2, "lvrename": 2} and reports <= 6
+
+
 def test_a_merge_costs_the_same_wherever_it_is(crowded, cost, token):
     domain, image, volumes = crowded
     reports, commands = cost(lambda: mg.merge(token, domain, image, volumes[2]))

@@ -24,6 +24,7 @@ from qcowlib.runtime import new_condition
 from qcowlib.units import MiB, ceil_div
 
 from . import layout
+from .block_leftovers import check_own_slot, find_leftovers
 from .domain import Leftover, VolumeEntry
 from .errors import AlreadyExists, Illegal, MetadataError, NotFound
 from .ids import BLANK, check_id, is_id
@@ -256,10 +257,19 @@ class BlockDomain:
 
     def occupied_slots(self) -> list[int]:
         """Return the slots that volumes have, removed ones and what a merge by renames has out of the way too."""
+        return sorted(set().union(*self._slots().values()))
+
+    def _slots(self) -> dict[str, set[int]]:
         volumes = [lv for lv in self.state.lvs.values() if lv.name not in layout.SPECIAL_VOLUMES]
         if self.metadata.version == 0:
-            return sorted({slot for lv in volumes if (slot := self.place_slot(lv)) is not None})
-        return sorted({slot for lv in volumes for slot in layout.slots_of(lv.tags)})
+            return {lv.name: {slot} for lv in volumes if (slot := self.place_slot(lv)) is not None}
+        return {lv.name: layout.slots_of(lv.tags) for lv in volumes}
+
+    def _own_slot(self, volume: str) -> int:
+        """Return a volume's slot for writing.  Raises: NotFound, MetadataError when another has it too."""
+        slot = self.slot_of(volume)
+        check_own_slot(volume, slot, self._slots(), self._name)
+        return slot
 
     def _entry(self, volume: str) -> VolumeEntry:
         self._with(volume)
@@ -314,7 +324,7 @@ class BlockDomain:
         self, token: SpmToken, volume: str, record: VolumeMetadata, overrides: Mapping[str, str] | None = None
     ) -> None:
         data = record.to_slot(self.metadata.version, overrides)
-        self.write_slot(token, self.slot_of(volume), data)
+        self.write_slot(token, self._own_slot(volume), data)
 
     def write_slot(self, token: SpmToken, slot: int, data: bytes, version: int | None = None) -> None:
         """Write a slot's bytes, where *version* (the domain's own by default) has it."""
@@ -371,9 +381,10 @@ class BlockDomain:
     def make_lease(self, token: SpmToken, volume: str) -> None:
         view = self.metadata
         area = resource_area(view.uuid, volume, block_size=view.block_size, alignment=view.alignment)
+        offset = layout.lease_offset(self._own_slot(volume), view.alignment)
         with self.special("leases", writable=True) as storage:
             token.check()
-            write_area(storage, layout.lease_offset(self.slot_of(volume), view.alignment), area)
+            write_area(storage, offset, area)
 
     def lease_leader(self, volume: str) -> Leader | None:
         slot, alignment = self.slot_of(volume), self.metadata.alignment
@@ -541,30 +552,13 @@ class BlockDomain:
         with self._changing():
             self.lvm.remove_volumes(self._name, [entry.volume for entry in gone])
         # Readers take zeros for an empty record.  No volume has got the slot yet.
+        used = self.occupied_slots()
         for entry in gone:
-            if entry.slot is not None:
+            if entry.slot is not None and entry.slot not in used:
                 self.write_slot(token, entry.slot, bytes(RECORD_SIZE))
 
     def leftovers(self) -> list[Leftover]:
-        found = []
-        entries = self.entries()
-        for volume, entry in sorted(entries.items()):
-            if entry.initializing and volume not in self._pending:
-                found.append(Leftover("unfinished volume", volume, "a creation that did not end"))
-            elif entry.zeroing:
-                found.append(Leftover("volume to wipe", volume, "a removal that did not end before it was wiped"))
-            elif entry.removed:
-                found.append(Leftover("removed volume", volume, "a removal that did not end"))
-        for name in sorted(self.strays()):
-            found.append(Leftover("unknown volume", name, "a logical volume without the tags of a volume; kept"))
-        for name in sorted(self.state.lvs):
-            if (twin := layout.twin_of(name)) is not None:
-                # While a note tells of its merge it is that one's to end.
-                if not any(twin in note for note in self.notes().values()):
-                    found.append(Leftover("unfinished merge", name, "a merged volume without a note of its merge"))
-            elif not is_id(name) and name not in layout.SPECIAL_VOLUMES:
-                found.append(Leftover("unknown volume", name, "a logical volume that is no part of a domain; kept"))
-        return found
+        return find_leftovers(self.entries(), self.state.lvs, self.notes().values(), self._pending)
 
     def sweep(self, token: SpmToken, leftovers: Sequence[Leftover]) -> None:
         names = {leftover.name for leftover in leftovers if leftover.kind != "unknown volume"}

@@ -17,7 +17,7 @@ from storage_pool import block_group, snapshot, volume
 from storage_pool.check import mend
 from storage_pool.cli.main import main
 from storage_pool.embedded import FileToken
-from storage_pool.errors import NotFound
+from storage_pool.errors import MetadataError, NotFound
 from storage_pool.ids import make_id
 from storage_pool.lease_records import lockspace_area, resource_area
 from storage_pool.process import SystemRunner
@@ -365,6 +365,32 @@ def test_mending_writes_no_record_that_may_be_of_another(group, what):
         if what == "two slots":
             assert {2, 7} <= set(group.domain.occupied_slots())
     assert areas() == before
+
+
+def test_nothing_is_written_by_a_slot_that_another_volume_has_too(group):
+    """The record and the lease there are the other one's."""
+    with group.domain.special("metadata") as metadata:
+        before = bytearray(64 * 1024)
+        metadata.read_into(MIB, [before])
+
+    def now():
+        read = bytearray(len(before))
+        with group.domain.special("metadata") as metadata:
+            metadata.read_into(MIB, [read])
+        return read
+
+    with FileToken(str(group.folder / "lock")) as token, changed(group, group.tag(group.raw, "MD", '"MD_1"')):
+        for call in (
+            lambda: volume.update_volume(token, group.domain, group.raw, description="x"),
+            lambda: group.domain.make_lease(token, group.base),
+        ):
+            with pytest.raises(MetadataError, match="have one metadata slot, 1"):
+                call()
+        assert now() == before
+        # One of them can go, and takes nothing of the other with it.
+        image = group.domain.entries()[group.raw].images[0]
+        volume.remove_volumes(token, group.domain, image, [group.raw])
+        assert group.raw not in group.domain.state.lvs and now() == before
 
 
 # Devices

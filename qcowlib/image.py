@@ -338,11 +338,7 @@ class Image(OpenImage):
             self._runtime.run(self._chain.flush())
 
     def amend(
-        self,
-        options: AmendOptions,
-        progress: Callable[[int, int], object] | None = None,
-        *,
-        like_qemu: bool = False,
+        self, options: AmendOptions, progress: Callable[[int, int], object] | None = None, *, like_qemu: bool = False
     ) -> None:
         """Change creation options (:class:`~qcowlib.qcow2.amend.AmendOptions`); durable when this returns.
 
@@ -387,10 +383,7 @@ class Image(OpenImage):
         self._runtime.run(self._bitmaps().remove(name))
 
     def clear_bitmap(self, *names: str) -> None:
-        """Forget what bitmaps have recorded; a cut leaves all as they were or all clear.
-
-        Raises: UsageError for an unknown or inconsistent one.
-        """
+        """Forget what bitmaps recorded, all at one point.  Raises: UsageError for an unknown or inconsistent one."""
         self._runtime.run(self._bitmaps().clear(*names))
 
     def replace_bitmap(self, name: str, by: str) -> None:
@@ -419,10 +412,7 @@ class Image(OpenImage):
         self._runtime.run(self._bitmaps().merge_from(target, source, other))
 
     def record_bitmap(self, name: str, ranges: Iterable[tuple[int, int]]) -> None:
-        """Set in bitmap *name* the guest *ranges*, each ``(offset, length)``; what lies behind the end is left out.
-
-        Raises: as :meth:`clear_bitmap`.
-        """
+        """Set the guest *ranges*, each ``(offset, length)``, inside the image.  Raises: as :meth:`clear_bitmap`."""
         size = self.size
         inside = ((offset, min(length, size - offset)) for offset, length in ranges if offset < size)
         self._runtime.run(self._bitmaps().merge_from(name, name, (size, inside)))

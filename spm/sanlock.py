@@ -30,7 +30,7 @@ from storage_pool.lease_records import Leader, parse_leader, released
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
 from .errors import LeaseError, LeaseHeld, LeaseLost
-from .host_records import Damaged, RecordMender, read_sector, refuse_older_form
+from .host_records import Damaged, RecordMender, io_timeout_of, read_sector, refuse_older_form
 from .proof import LeaseProof
 from .timing import LeaseTiming
 
@@ -424,6 +424,10 @@ class SanlockLeases:
                 if error.code in _DAMAGED:
                     self._mend_own(lockspace, host_id, area)
                 raise
+            told_s = io_timeout_of(read_sector(area, (host_id - 1) * self._first(area).sector_size))
+            if told_s != int(self.timing.io_timeout_s):
+                # Others count its death by that; ours would be judged by another clock.
+                raise LeaseError(f"host id {host_id} is renewed with an I/O timeout of {told_s} s already") from error
         self._joined[lockspace] = host_id, area
 
     def _mend_own(self, lockspace: str, host_id: int, area: LeaseArea) -> None:
@@ -572,14 +576,19 @@ class SanlockLeases:
     def _record(self, lockspace: str, area: LeaseArea, host_id: int, generation: int = 0) -> Leader | Damaged:
         """Read the record of a host id; its sector size is that of the first record."""
         read_s = 0.0 if self._clock is None else self._clock()
-        first = parse_leader(read_sector(area, 0))
-        if first is None or first.sector_size not in _SECTORS:
-            raise LeaseError("no lockspace here", path=area.path)
+        first = self._first(area)
         data = read_sector(area, (host_id - 1) * first.sector_size)
         record = parse_leader(data)
         if record is not None and record.valid:
             return record
         return Damaged(lockspace, host_id, area, first.sector_size, first.alignment, data, read_s, generation)
+
+    @staticmethod
+    def _first(area: LeaseArea) -> Leader:
+        first = parse_leader(read_sector(area, 0))
+        if first is None or first.sector_size not in _SECTORS:
+            raise LeaseError("no lockspace here", path=area.path)
+        return first
 
     def _renews(self, lockspace: str, area: LeaseArea, own: int) -> bool:
         """Whether this host's own record is good and fresh: it sees storage as it is."""

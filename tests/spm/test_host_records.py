@@ -223,5 +223,20 @@ def test_s2_a_lease_that_became_free_while_it_was_waited_for_is_settled(tmp_path
         assert two.settle_s(lease) == TIMING.landing_s
 
 
+@pytest.mark.real("sanlock")
+@pytest.mark.bare
+def test_s1_a_host_id_that_is_renewed_with_another_timeout_is_refused(tmp_path, run_dirs):
+    """The host may be in the lockspace already, for another program of it."""
+    space = make_id()
+    path = lease_file(tmp_path / "leases", space, ["SDM"])
+    run_dir, area = run_dirs(), LeaseArea(str(path), 0)
+    with sanlock_daemon(run_dir, "host1"):
+        client = library_client(tmp_path)
+        SanlockLeases(client, TIMING, str(run_dir)).join(space, 1, area)
+        SanlockLeases(client, TIMING, str(run_dir)).join(space, 1, area)
+        with pytest.raises(LeaseError, match="an I/O timeout of 1 s already"):
+            SanlockLeases(client, LeaseTiming(10.0), str(run_dir)).join(space, 1, area)
+
+
 def boot_clock():
     return time.clock_gettime(time.CLOCK_BOOTTIME)

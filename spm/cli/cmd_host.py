@@ -177,12 +177,17 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
 
     from qcowlib.errors import UsageError
     from spm.timing import LeaseTiming
+    from storage_pool.errors import NotFound
     from storage_pool.ids import is_id
 
     if not 1 <= arguments.host_id <= 2000:
         raise UsageError("a host id is a number from 1 to 2000")
     if not 1 <= arguments.io_timeout <= 600:
         raise UsageError("the I/O timeout is a number of seconds from 1 to 600")
+    if arguments.priority > 10:
+        raise UsageError("a priority is a number up to 10")
+    if arguments.place is not None and not Path(arguments.place).is_dir():
+        raise NotFound("no such directory", path=arguments.place)
     block = is_id(arguments.master) and not Path(arguments.master).exists()
     if block and arguments.place is None:
         raise UsageError("--place is needed: the folder of the pool's other domains, which may be empty")

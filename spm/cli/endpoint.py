@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from qcowlib.errors import StorageError, UsageError
 
-__all__ = ["COMMANDS", "Endpoint", "ask", "metrics"]
+__all__ = ["COMMANDS", "Endpoint", "answers", "ask", "metrics"]
 
 #: What a host can be told.
 COMMANDS: Final = ("/spm/start", "/spm/stop", "/fence", "/run", "/extend")
@@ -127,7 +127,7 @@ class Endpoint:
         """Raises: UsageError for a path that is too long or in use."""
         self.path = path
         if os.path.lexists(path):
-            if _answers(path):
+            if answers(path):
                 raise UsageError("another host serves this socket", path=path)
             os.unlink(path)  # noqa: PTH108 - left by a host that was killed
         before = os.umask(0o177)
@@ -148,9 +148,14 @@ class Endpoint:
         os.unlink(self.path)  # noqa: PTH108
 
 
-def _answers(path: str) -> bool:
+def answers(path: str) -> bool:
+    """Whether somebody listens on the socket *path*."""
     with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(path) == 0
+        try:
+            return probe.connect_ex(path) == 0
+        except OSError:
+            # Longer than a socket's path may be.
+            return False
 
 
 class _Connection(http.client.HTTPConnection):
@@ -175,6 +180,6 @@ def ask(path: str, what: str, body: Mapping[str, Any] | None = None) -> tuple[in
         return answer.status, answer.read().decode()
     except (OSError, http.client.HTTPException) as error:
         code = error.errno if isinstance(error, OSError) and error.errno else 5
-        raise StorageError(code, path=path, operation="ask", message=f"no host answers: {error}") from error
+        raise StorageError(code, path=path, operation="ask", message=f"no host answers: {os.strerror(code)}") from error
     finally:
         connection.close()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from qcowlib.errors import UsageError
 from spm.children import GuardedRunner
+from spm.cli.endpoint import answers
 from spm.embedded import EmbeddedLeases
 from spm.errors import LeaseError
 from spm.lease_watch import LeaseToken
@@ -127,8 +128,8 @@ def lease_manager(
     Raises: LeaseError, UsageError.
     """
     version, local = master.metadata.version, master.metadata.type == "LOCALFS"
+    daemon = Path(run_dir or os.environ.get(RUN_DIR_VARIABLE) or _DEFAULT_RUN_DIR) / "sanlock.sock"
     if kind == "auto":
-        daemon = Path(run_dir or os.environ.get(RUN_DIR_VARIABLE) or _DEFAULT_RUN_DIR) / "sanlock.sock"
         possible = version >= _SANLOCK_VERSION and not local
         kind = "sanlock" if possible and (run_dir is not None or daemon.exists()) else "embedded"
     if kind == "sanlock":
@@ -136,6 +137,12 @@ def lease_manager(
             what = "of one host (LOCALFS)" if local else f"of version {version}"
             raise UsageError(
                 f"a domain {what} has no leases of sanlock, only local ones are possible", path=master.name
+            )
+        if not answers(str(daemon)):
+            raise LeaseError(
+                "no sanlock daemon listens here",
+                path=str(daemon),
+                hint="Start it, or name its folder with --sanlock-run-dir.",
             )
         sanlock = SanlockLeases(make_client(), timing, run_dir, clock)
         return sanlock, lambda: [sanlock.fileno()]

@@ -214,6 +214,23 @@ def test_wrong_lines_are_one_clear_line(tmp_path, words):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("qpool: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--sanlock-run-dir", "gone"), "gone/sanlock.sock: no sanlock daemon listens here"),
+        (("--leases", "sanlock", "--sanlock-run-dir", "gone"), "no sanlock daemon listens here"),
+        (("--priority", "11"), "a priority is a number up to 10"),
+        (("--place", "nowhere"), "nowhere: no such directory"),
+        (("--sanlock-run-dir", "x" * 200), "no sanlock daemon listens here"),
+    ],
+)
+def test_what_cannot_work_is_told_at_the_start(tmp_path, words, text):
+    master = make_pool(tmp_path, "NFS")
+    done = qpool("host", "run", master, "--host-id", "1", *words, cwd=tmp_path)
+    assert done.returncode == 1 and text in done.stderr, done.stderr
+    assert done.stdout == "" and "Errno" not in done.stderr
+
+
 def test_nobody_at_the_socket_is_told(tmp_path):
     done = qpool("host", "status", "--socket", "gone", cwd=tmp_path)
     assert done.returncode == 1 and "no host answers" in done.stderr

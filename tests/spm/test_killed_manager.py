@@ -102,6 +102,15 @@ def make_disk(domain):
     return disk
 
 
+def second_member(engine):
+    """Make another domain of the pool; returns its UUID."""
+    made = engine.create_domain("other")
+    pool = engine.pool()
+    pool.attach(made)
+    pool.activate(made)
+    return made.uuid
+
+
 def reads(disk, leaf):
     with disk.open(volume_id=leaf) as image:
         return [image.pread(8, place) for place in PLACES]
@@ -192,7 +201,7 @@ def every_step(pool, work, home, other, steps):
 def test_s5_a_manager_of_a_file_pool_killed_at_every_record(tmp_path, name):
     with file_pool(tmp_path) as pool:
         with pool.token() as token, pool.engine(token) as engine:
-            other = engine.create_domain("other").uuid
+            other = second_member(engine)
         with contextlib.closing(pool.open_master()) as master:
             home = master.uuid
         every_step(pool, WORKS[name], home, other, sample(name, 5))
@@ -203,7 +212,7 @@ def test_s5_a_manager_of_a_file_pool_killed_at_every_record(tmp_path, name):
 def test_s5_a_manager_of_a_pool_on_a_volume_group_killed_at_every_record(tmp_path, name):
     with block_pool(tmp_path) as pool:
         with pool.token() as token, pool.engine(token) as engine:
-            other = engine.create_domain("other").uuid
+            other = second_member(engine)
         with contextlib.closing(pool.open_master()) as master:
             home = master.uuid
         # A command of LVM takes 50 ms: by default one step in the middle.

@@ -52,6 +52,7 @@ LINES = {
     "bitmap": f"bitmap --add {GIVEN} {E} more",
     "check": f"check --output=json --report=report {GIVEN} {E}",
     "commit": f"commit -p {GIVEN} --image-opts {TOP}",
+    "compact": f"compact -p --output=json {GIVEN} {E}",
     "compare": f"compare -p {GIVEN} {E} driver=qcow2,file.filename=e,encrypt.key-secret=s",
     "convert": f"convert -p {GIVEN} {E} -O qcow2 -o encrypt.format=luks,encrypt.key-secret=n,encrypt.iter-time=1 new",
     "create": f"create {GIVEN} -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1 new 1M",
@@ -72,11 +73,19 @@ LINES = {
     "verify": f"verify --output=json --seal=sealed {GIVEN} {E}",
 }
 #: Commands that take no keys.
-KEYLESS = {"backup-set", "chain", "compact", "demo", "overlay"}
+KEYLESS = {"backup-set", "chain", "demo", "overlay"}
 
 
 #: The same words, wrong in one way.
 WRONG = ("--bogus", f"--objects=secret,id=x,data={WORD}", f"--o=secret,id=x,data={WORD}")
+SWAPS = (
+    ("key-secret=s", "key-secret=n"),
+    ("key-secret=s", "key-secret=nobody"),
+    ("filename=e", "filename=no"),
+    ("new-secret=n", "new-secret=nobody"),
+    ("passphrase", "no"),
+    ("driver=qcow2", "driver=raw"),
+)
 BAD_OBJECTS = (
     f"secret,id=x,data={WORD[:4]},{WORD[4:]}",
     f"secret,id=x,data={WORD[:4]},{WORD[4:]}=1",
@@ -192,8 +201,7 @@ def changes(words: list[str]) -> Iterator[list[str]]:
     # All of these are told by one function.
     for bad in BAD_OBJECTS if words[0] in ("bitmap", "info") else BAD_OBJECTS[:1]:
         yield [*words[:first], bad, *words[first + 1 :]]
-    for old, new in (("key-secret=s", "key-secret=n"), ("key-secret=s", "key-secret=nobody"), ("filename=e", "filename=no"),
-                     ("new-secret=n", "new-secret=nobody"), ("passphrase", "no"), ("driver=qcow2", "driver=raw")):  # fmt: skip
+    for old, new in SWAPS:
         yield [word.replace(old, new) for word in words]
     for at, word in enumerate(words):
         # Without its --object, what follows it would be the name of a file; without --plan, serve serves.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import signal
 import subprocess
@@ -211,9 +212,13 @@ def test_encrypted_data_move_only_where_the_guest_reads_the_same_after_it(
         kept = image.pread(image.size, 0)
     secret = "abc" if given else None
     plan = plan_compact(path, secret=secret)
+    opened = f"driver=qcow2,encrypt.key-secret=sec0,file.filename={path}"
+    words = [*SECRET, "--image-opts", opened] if given else [str(path)]
+    command = [sys.executable, "-m", "qcowlib", "compact", "--plan", "--output=json", *words]
+    told = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert (told["done"], told["new-size"], told["left"]) == (False, plan.new_size, plan.left)
     assert compact(path, secret=secret) == plan
     assert path.stat().st_size == plan.new_size
-    opened = f"driver=qcow2,encrypt.key-secret=sec0,file.filename={path}"
     qemu_img("check", *SECRET, "--image-opts", opened)
     with qcowlib.open(path, secret="abc", snapshot="kept") as image:
         assert image.pread(image.size, 0) == kept

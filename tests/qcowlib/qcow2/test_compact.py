@@ -25,7 +25,7 @@ from qcowlib.qcow2.image import Qcow2Image
 from qcowlib.qcow2.relocation import ALONE, BITS, BLOCKS_GONE, ITEM, Batch
 from qcowlib.storage.memory import MemoryStorage
 from qcowlib.testing.crash import CrashState, Finding, assert_crash_safe
-from qcowlib.testing.recorder import OpLog
+from qcowlib.testing.recorder import OpLog, RecordingStorage
 from tests.conftest import LONG
 from tests.qcowlib.jobs.samples import qemu_img
 
@@ -151,7 +151,11 @@ def judged_at_every_cut(storage: MemoryStorage, random_states: int, secret: str 
         report = check(image)
         if report.corruptions or report.check_errors:
             return [Finding("CORRUPT", str(report.findings[:2]))]
-        if everything(image, secret) != expected:
+        try:
+            shown = everything(image, secret)
+        except qcowlib.Error as error:
+            return [Finding("LOST", str(error))]
+        if shown != expected:
             return [Finding("LOST", "it shows something else")]
         return [Finding("LEAK", "")] if report.leaks else []
 
@@ -218,3 +222,11 @@ def test_i2_encrypted_data_read_the_same_at_every_cut(method: int) -> None:
         image.discard(80 * KiB, 0)
         image.delete_snapshot("1")
     assert judged_at_every_cut(storage, 1, "key") > 20
+
+
+@pytest.mark.crash
+def test_without_barriers_a_cut_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = long_run(tmp_path / "image")
+    monkeypatch.setattr(RecordingStorage, "flush", lambda _: None)
+    with pytest.raises(AssertionError, match="crash states with"):
+        judged_at_every_cut(storage, 8)

@@ -188,7 +188,8 @@ def _open(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes]) -
                 storage.close()
                 return None
             access = "force_share" if shared else "write" if writable else "read"
-            lock_image(storage.fileno(), storage.name, access)  # type: ignore[arg-type]
+            if ref.locking:
+                lock_image(storage.fileno(), storage.name, access)  # type: ignore[arg-type]
             header = read_header(storage, writable=writable)
             check_backing(ref, header)
             if header.crypt_method and secret_of(ref, secrets) is None:

@@ -64,10 +64,10 @@ class ImageRef:
     the format asked for or None to probe, *windows* the raw layers between
     format and file from the top down, *secret* the id of the passphrase,
     *backing* what was said of the backing file (its *path* empty: where the
-    image says it is).
+    image says it is), *locking* whether others are kept off the file.
     """
 
-    __slots__ = ("backing", "data_file", "format", "is_file", "path", "secret", "shown", "text", "windows")
+    __slots__ = ("backing", "data_file", "format", "is_file", "locking", "path", "secret", "shown", "text", "windows")
 
     def __init__(self, text: str, path: str, fmt: str | None) -> None:
         self.text = text
@@ -78,6 +78,7 @@ class ImageRef:
         self.secret: str | None = None
         self.data_file: str | None = None
         self.is_file = False
+        self.locking = True
         self.backing: ImageRef | None = None
 
 
@@ -200,7 +201,7 @@ def _from_tree(text: str, root: Tree, fmt: str | None, backing: bool) -> ImageRe
         raise _refused(text, f"Unknown driver '{driver}'")
     ref = ImageRef(text, "", None)
     if driver in _FILES:
-        ref.path = _file_name(text, root)
+        _set_file(ref, root)
         ref.format, ref.is_file = "raw", True
         ref.shown = ref.path
         return ref
@@ -230,7 +231,7 @@ def _walk_files(ref: ImageRef, root: Tree) -> None:
             )
         driver = child.get("driver", "file")
         if driver in _FILES:
-            ref.path = _file_name(ref.text, child)
+            _set_file(ref, child)
             break
         if driver != "raw":
             known = isinstance(driver, str) and driver in FORMATS
@@ -271,6 +272,11 @@ def _window(text: str, node: Tree) -> Window:
     if size is not None and size % 512:
         raise _refused(text, "Specified size is not multiple of 512")
     return Window(offset or 0, size)
+
+
+def _set_file(ref: ImageRef, node: Tree) -> None:
+    ref.path = _file_name(ref.text, node)
+    ref.locking = node.get("locking") not in ("off", False)
 
 
 def _file_name(text: str, node: Tree) -> str:

@@ -82,7 +82,8 @@ def open_storage(ref: ImageRef, *, force_share: bool = False) -> tuple[FileStora
         recognise_luks(ref, view)
         access = "force_share" if force_share else "read"
         reserve = header is not None or ref.format == "luks"
-        lock_image(file.fileno(), file.name, access, reserve=reserve)  # type: ignore[arg-type]
+        if ref.locking:
+            lock_image(file.fileno(), file.name, access, reserve=reserve)  # type: ignore[arg-type]
         return file, view, header
     except Error as error:
         file.close()
@@ -227,6 +228,7 @@ def open_image(
             snapshot=snapshot,
             cache=cache,  # type: ignore[arg-type]
             force_share=force_share,
+            lock=ref.locking,
             secret=layer_secrets(ref, secrets),
             data_file=ref.data_file,
             backing=backing,
@@ -266,7 +268,8 @@ def _source(
         if ref.format != "luks":
             return view if ref.windows else file
         access = "force_share" if force_share else "write" if writable else "read"
-        lock_image(file.fileno(), file.name, access)  # type: ignore[arg-type]
+        if ref.locking:
+            lock_image(file.fileno(), file.name, access)  # type: ignore[arg-type]
         from qcowlib.storage.encrypted import open_luks
 
         return open_luks(view, luks_secret(ref, secrets))

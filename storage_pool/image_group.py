@@ -28,14 +28,13 @@ from .errors import Illegal, MetadataError, NotFound
 from .ids import BLANK, check_id
 from .lease_records import leader_trouble
 from .metadata_volume import COW, RAW, SHARED, VolumeMetadata
+from .opening import backing_of
 from .volume import children_of, set_role, volume_of_name
 
 if TYPE_CHECKING:
-    from qcowlib.storage.base import Storage
-
     from .token import SpmToken
 
-__all__ = ["Finding", "ImageGroup", "backing_of", "findings", "repair"]
+__all__ = ["Finding", "ImageGroup", "findings", "repair"]
 
 #: Longer chains are taken for a cycle that was missed.
 MAX_CHAIN: Final = 1024
@@ -138,14 +137,6 @@ class ImageGroup(NamedTuple):
             chain.append(volume)
             volume = self.records[volume].parent
         return chain
-
-
-def backing_of(storage: Storage) -> tuple[str | None, str | None]:
-    """Return the backing name and format that a qcow2 image stores.  Raises: FormatError."""
-    header = read_header(storage)
-    name = header.backing_file.decode("utf-8", "surrogateescape") if header.backing_file else None
-    fmt = header.backing_format.decode("utf-8", "replace") if header.backing_format else None
-    return name, fmt
 
 
 def findings(group: ImageGroup) -> list[Finding]:

@@ -33,8 +33,9 @@ from . import metadata_volume as mv
 from .copying import carry_bitmaps, copy_layers, layers_size
 from .domain import Domain
 from .errors import Illegal, LvmError, NotFound
-from .image_group import ImageGroup, backing_of
+from .image_group import ImageGroup
 from .metadata_volume import COW, RAW, SHARED, SPARSE, VolumeMetadata
+from .opening import backing_of
 from .sizes import CHUNK, max_size, optimal_cow_size
 from .volume import (
     ZERO_NOTE,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import qcowlib
 from qcowlib.errors import GateDenied, printable
+from qcowlib.qcow2.directories import read_header
 from qcowlib.qcow2.header_update import set_backing
 
 from . import metadata_volume as mv
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from .token import SpmToken
 
-__all__ = ["IMAGE_FORMATS", "DomainReferences", "open_image", "set_parent_name", "volume_of_name"]
+__all__ = ["IMAGE_FORMATS", "DomainReferences", "backing_of", "open_image", "set_parent_name", "volume_of_name"]
 
 #: The format of an image file by the format of its volume.
 IMAGE_FORMATS: Final = {COW: "qcow2", RAW: "raw"}
@@ -71,6 +72,14 @@ class DomainReferences:
         """Say that the last image names no other.  Raises: MetadataError when its record does."""
         if not self._allow_illegal:
             self._compare(BLANK)
+
+
+def backing_of(storage: Storage) -> tuple[str | None, str | None]:
+    """Return the backing name and format that a qcow2 image stores.  Raises: FormatError."""
+    header = read_header(storage)
+    name = header.backing_file.decode("utf-8", "surrogateescape") if header.backing_file else None
+    fmt = header.backing_format.decode("utf-8", "replace") if header.backing_format else None
+    return name, fmt
 
 
 def volume_of_name(name: str) -> str | None:

@@ -16,7 +16,8 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import qcowlib
-from qcowlib.errors import printable
+from qcowlib.chain import probe_format
+from qcowlib.errors import Error, printable
 from qcowlib.qcow2.create import CreateOptions, create, create_raw
 from qcowlib.units import round_up
 
@@ -25,7 +26,7 @@ from .domain import Domain
 from .errors import Illegal, IllegalSpec, IllegalSpecKind, MetadataError, NotFound
 from .ids import BLANK, check_id
 from .metadata_volume import COW, PREALLOCATED, RAW, SHARED, SPARSE, VolumeMetadata
-from .opening import IMAGE_FORMATS, DomainReferences, open_image, set_parent_name, volume_of_name
+from .opening import IMAGE_FORMATS, DomainReferences, backing_of, open_image, set_parent_name, volume_of_name
 from .sizes import PAGE, capacity_for, file_initial_size, lv_size, new_lv_size
 from .wiping import give_back, wipe
 
@@ -283,8 +284,21 @@ def children_of(domain: Domain, volume: str) -> list[str]:
                 if domain.record(other).parent == volume:
                     found.add(other)
             except (MetadataError, NotFound):
-                continue
+                if told.parent is None and _may_stand_on(domain, other, volume):
+                    found.add(other)
     return sorted(found)
+
+
+def _may_stand_on(domain: Domain, volume: str, parent: str) -> bool:
+    """Whether the image of a volume whose record is no help names *parent*; what cannot be read might."""
+    try:
+        with closing(domain.open_volume(volume)) as storage:
+            if probe_format(storage) != "qcow2":
+                return False
+            name, _ = backing_of(storage)
+    except Error:
+        return True
+    return name is not None and volume_of_name(name) == parent
 
 
 def recheck_role(token: SpmToken, domain: Domain, volume: str) -> None:
@@ -512,13 +526,13 @@ def _removable(domain: Domain, volume: str, going: set[str], force: bool) -> Vol
         record = domain.record(volume)
     except MetadataError:
         # A volume whose record is damaged can be removed all the same.
-        return None
+        record = None
     if force:
         return record
     staying = set(children_of(domain, volume)) - going
     if staying:
         raise Illegal(f"the volume {volume} has children: {', '.join(sorted(staying))}", path=domain.name)
-    if record.voltype == SHARED and len(domain.entries()[volume].images) > 1:
+    if record is not None and record.voltype == SHARED and len(domain.entries()[volume].images) > 1:
         raise Illegal(f"the template {volume} is in use", path=domain.name)
     return record
 

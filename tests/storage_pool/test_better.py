@@ -12,13 +12,13 @@ import storage_pool
 from qcowlib.errors import Busy, Error
 from qcowlib.qcow2.header_update import set_backing
 from storage_pool import check, layout, transfer
-from storage_pool import image_group as ig
 from storage_pool import merge as mg
 from storage_pool import snapshot as sn
 from storage_pool import volume as vol
-from storage_pool.errors import MetadataError, NoSpace
+from storage_pool.errors import Illegal, MetadataError, NoSpace
 from storage_pool.ids import BLANK, make_id
 from storage_pool.lease_records import resource_area, write_area
+from storage_pool.opening import backing_of
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -68,13 +68,30 @@ def test_q05_a_record_is_durable_before_and_after_its_name_is(file_domain, token
     assert new.endswith(".meta.new") and renamed == "rename" and folder == os.path.dirname(new)
 
 
+@pytest.mark.parametrize("damaged", [0, 1], ids=["own", "child"])
+def test_a_damaged_record_does_not_free_what_a_child_stands_on(file_domain, token, damaged):
+    domain = file_domain()
+    image, volumes = disk(domain, token, 2)
+    other = vol.VolumeSpec(image, make_id(), capacity=SIZE, format="RAW")
+    vol.create_volume(token, domain, other, CTIME)
+    for volume in (volumes[damaged], other.volume):
+        with open(f"{domain.path_of(volume)}.meta", "wb") as record:
+            record.write(b"no record")
+    domain.refresh()
+    with pytest.raises(Illegal, match="has children"):
+        vol.remove_volumes(token, domain, image, volumes[:1])
+    vol.remove_volumes(token, domain, image, [other.volume])
+    vol.remove_volumes(token, domain, image, volumes)
+    assert not domain.entries()
+
+
 def test_backing_names_do_not_grow_with_merges(make_domain, token):
     domain = make_domain()
     image, volumes = disk(domain, token, 6)
     for volume in volumes[1:-1]:
         mg.merge(token, domain, image, volume)
     storage = domain.open_volume(volumes[-1])
-    assert ig.backing_of(storage)[0] == volumes[0]
+    assert backing_of(storage)[0] == volumes[0]
     storage.close()
 
 

@@ -109,10 +109,12 @@ class Image(OpenImage):
         if self.mode == "r+":
             await self._chain.flush()
 
-    async def resize(self, size: int, *, preallocation: Preallocation = "off", shrink: bool = False) -> None:
+    async def resize(
+        self, size: int, *, preallocation: Preallocation = "off", shrink: bool = False, sparse: bool = True
+    ) -> None:
         """Change the virtual size."""
         self._check_writable()
-        await self._chain.resize(size, preallocation=preallocation, shrink=shrink)
+        await self._chain.resize(size, preallocation=preallocation, shrink=shrink, sparse=sparse)
 
     async def extents(self, offset: int = 0, length: int | None = None) -> AsyncIterator[Extent]:
         """Yield the extents that cover the range, looking up as it goes; neighbours are not merged over look-ups."""
@@ -172,10 +174,12 @@ class Image(OpenImage):
             raise UnsupportedFeature("raw images have no snapshots", path=self.path)
         return self._chain.writer
 
-    async def amend(self, options: AmendOptions, progress: Callable[[int, int], object] | None = None) -> None:
+    async def amend(
+        self, options: AmendOptions, progress: Callable[[int, int], object] | None = None, *, like_qemu: bool = False
+    ) -> None:
         """Change creation options; *progress* is called on the loop."""
         self._check_writable()
-        await self._chain.amend(options, progress)
+        await self._chain.amend(options, progress, like_qemu=like_qemu)
 
     # -- persistent dirty bitmaps ----------------------------------------------
 

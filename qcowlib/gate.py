@@ -12,7 +12,7 @@ protocol name ever opens a device, a socket or the network (N2, N3).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from qcowlib.errors import GateDenied, UsageError, printable
 from qcowlib.storage.file import FileStorage, open_beneath
@@ -34,10 +34,12 @@ __all__ = [
     "References",
     "deny_all",
     "directories",
+    "name_of",
     "parse_name",
     "qemu_like",
     "resolve_name",
     "same_directory",
+    "seen_from",
 ]
 
 
@@ -74,18 +76,24 @@ def parse_name(name: str, *, owner: str | None = None) -> FileName:
     """
     if name.startswith("json:"):
         found = _parse_json(name, owner)
-        return found._replace(path=_seen_from(owner, found.path))
+        return found._replace(path=seen_from(owner, found.path))
     if name.startswith("file:"):
         path = name[5:]
         # Source: so that what is left is not taken for a protocol either.
-        return FileName(_seen_from(owner, f"./{path}" if ":" in path.partition("/")[0] else path))
+        return FileName(seen_from(owner, f"./{path}" if ":" in path.partition("/")[0] else path))
     head, colon, _ = name.partition(":")
     if colon and "/" not in head:
         raise GateDenied(f"'{printable(name)}' names a protocol, not a file", path=owner)
     return FileName(name)
 
 
-def _seen_from(owner: str | None, path: str) -> str:
+def name_of(policy: References, name: str, owner: str) -> FileName:
+    """Return what *name* means to *policy*, which may have a ``parse_name`` of its own.  Raises: GateDenied."""
+    parse: Callable[..., FileName] = getattr(policy, "parse_name", parse_name)
+    return parse(name, owner=owner)
+
+
+def seen_from(owner: str | None, path: str) -> str:
     """Return *path*, relative to the working directory, as seen from the folder of *owner*."""
     home = os.path.dirname(owner or "")
     if not home or not path or path.startswith("/") or os.path.realpath(home) == os.path.realpath(os.curdir):

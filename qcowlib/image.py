@@ -222,15 +222,15 @@ class Image(OpenImage):
         if last is not None:
             yield last
 
-    def map(self, offset: int, length: int) -> RunList:
+    def map(self, offset: int, length: int, *, holes: bool = True) -> RunList:
         """Return the runs from *offset* on, through the chain; may cover less than *length*.
 
         Each is ``(kind, guest offset, length, host offset, layer)`` with the
-        kinds of :mod:`qcowlib.driver`.
+        kinds of :mod:`qcowlib.driver`.  Without *holes* no file system is asked, as for reading.
         """
         self._check_open()
         check_range(offset, length, self._chain.size, self.path)
-        return self._runtime.run(self._chain.map_range(offset, length))
+        return self._runtime.run((self._chain.map_range if holes else self._chain.resolve)(offset, length))
 
     def read_runs(self, runs: RunList, buffer: WriteableBuffer, base: int) -> None:
         """Read what :meth:`map` answered; *base* is the guest offset of the buffer's first byte.

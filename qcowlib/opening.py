@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from qcowlib.chain import MAX_DEPTH, Chain, Layer, probe_format
 from qcowlib.errors import CorruptImage, Error, FormatError, ReadOnly, SecretError, UsageError, printable
-from qcowlib.gate import References, parse_name, qemu_like
+from qcowlib.gate import References, name_of, qemu_like
 from qcowlib.ondisk import CRYPT_NONE, Header, SnapshotEntry
 from qcowlib.qcow2.directories import read_header, read_snapshots
 from qcowlib.qcow2.image import Qcow2Image
@@ -241,7 +241,7 @@ def _open_backing(image: Qcow2Image, options: OpenOptions, depth: int) -> tuple[
     owner = image.storage.name
     stored = os.fsdecode(header.backing_file or b"")
     try:
-        name = parse_name(stored, owner=owner)
+        name = name_of(options.references, stored, owner)
         fmt = name.format or (os.fsdecode(header.backing_format) if header.backing_format else None)
         if options.backing_format is not None and not depth:
             fmt = options.backing_format

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from qcowlib.errors import UsageError
 from qcowlib.storage.space import reserve_space
+from qcowlib.storage.wrapper import guest_side
 from qcowlib.units import SECTOR, round_up
 
 TYPE_CHECKING = False
@@ -29,8 +30,7 @@ class RawImage:
 
     def __init__(self, runtime: Runtime, storage: Storage, *, writable: bool = False) -> None:
         self.runtime = runtime
-        self.storage = storage
-        self.data = storage
+        self.storage = self.data = guest_side(storage)
         self.writable = writable
         #: Whether the bytes at an offset are the guest's: not so inside a LUKS file.
         self.plain: bool = getattr(storage, "plain", True)

@@ -91,7 +91,7 @@ def _run(args: Args, stream: FileIO, console: Console) -> Applied:
         if args.text("overlay") is not None:
             return apply(
                 stream,
-                ref.path,
+                ref.plain_path,
                 format=args.text("format"),
                 overlay=args.text("overlay"),
                 check=check,

@@ -179,7 +179,7 @@ def _open(ref: ImageRef, args: Args, cache: str, secrets: Mapping[str, bytes]) -
     if writable and shared:
         raise Failure(f"Could not open '{ref.text}': force-share=on can only be used with read-only images")
     try:
-        storage = FileStorage.open(ref.path, writable=writable, cache=cache)
+        storage = FileStorage.open(ref.plain_path, writable=writable, cache=cache)
         try:
             recognise_luks(ref, storage)
             if ref.format == "luks":

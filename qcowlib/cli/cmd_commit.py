@@ -18,13 +18,15 @@ from qcowlib.cli.objects import parse_secrets
 from qcowlib.cli.opening import hint_text, layer_secrets, open_image, references, tell_probed_raw
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.progress import Progress
-from qcowlib.errors import Error, printable
+from qcowlib.errors import Error, StorageError, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcowlib.image import Image
 
 __all__ = ["COMMAND", "run"]
+
+_REQUESTS = ("read", "write", "zero", "discard", "flush", "write-zeroes", "block-status")
 
 COMMAND = Command(
     "commit",
@@ -102,7 +104,7 @@ def _commit(
 
     try:
         commit(
-            ref.path,
+            ref.plain_path,
             format=ref.format,
             base=base,
             empty=False if args.flag("keep") else None,
@@ -112,5 +114,8 @@ def _commit(
             progress=progress.within(),
             rate=args.number("rate") or None,
         )
+    except StorageError as error:
+        text = f"Block job failed: {error.strerror}" if error.operation in _REQUESTS else error.message
+        raise Failure(text, hint=hint_text(error)) from None
     except Error as error:
         raise Failure(error.message, hint=hint_text(error)) from None

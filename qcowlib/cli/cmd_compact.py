@@ -57,10 +57,10 @@ def run(args: Args, console: Console) -> int:
         progress.report(0)
     try:
         done = (
-            plan_compact(ref.path, zeros=zeros, secret=secret)
+            plan_compact(ref.plain_path, zeros=zeros, secret=secret)
             if only
             else compact(
-                ref.path,
+                ref.plain_path,
                 zeros=zeros,
                 secret=secret,
                 cache=options.cache_mode(args),  # type: ignore[arg-type]

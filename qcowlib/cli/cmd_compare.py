@@ -48,7 +48,9 @@ COMMAND = Command(
 )
 
 _CANNOT_OPEN = 2
+_NO_STATUS = 3
 _CANNOT_READ = 4
+_SIZES_DIFFER = "Warning: Image size mismatch!\n"
 _PROGRESS_STEP = 2.0
 
 
@@ -81,23 +83,31 @@ def run(args: Args, console: Console) -> int:
     ):
         progress.report(0)
         try:
-            found = _compare(one, two, refs, args.flag("strict"), progress)
+            silent = as_json or args.flag("quiet")
+            found = _compare(one, two, refs, args.flag("strict"), progress, None if silent else console)
             if as_json:
                 console.out(pretty(_json(found)))
-            elif not args.flag("quiet"):
+            elif not silent:
                 console.out(_text(found))
         finally:
             progress.end()
     return 0 if found else 1
 
 
-def _compare(one: Image, two: Image, refs: list[ImageRef], strict: bool, progress: Progress) -> Comparison:
+def _compare(
+    one: Image, two: Image, refs: list[ImageRef], strict: bool, progress: Progress, console: Console | None
+) -> Comparison:
     from qcowlib.jobs.compare import compare
 
     try:
         return compare(one, two, strict=strict, progress=progress.within())
     except StorageError as error:
-        name = refs[0].text if error.path == one.path else refs[1].text
+        files = {one.path, *(layer.data.name for layer in one.layers)}
+        name = refs[0].text if error.path in files else refs[1].text
+        if error.operation == "block-status":
+            raise Failure(f"Sector allocation test failed for {name}", code=_NO_STATUS) from None
+        if console is not None and one.size != two.size and (error.offset or 0) >= min(one.size, two.size):
+            console.out(_SIZES_DIFFER)
         raise Failure(
             f"Error while reading offset {error.offset or 0} of {name}: {error.strerror}", code=_CANNOT_READ
         ) from None
@@ -106,7 +116,7 @@ def _compare(one: Image, two: Image, refs: list[ImageRef], strict: bool, progres
 
 
 def _text(found: Comparison) -> str:
-    warning = "Warning: Image size mismatch!\n" if found.size_differs and found.verdict != "size" else ""
+    warning = _SIZES_DIFFER if found.size_differs and found.verdict != "size" else ""
     if found.verdict == "size":
         return "Strict mode: Image size mismatch!\n"
     if found.verdict == "status":

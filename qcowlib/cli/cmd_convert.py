@@ -159,6 +159,8 @@ class _Conversion:
         self.target = args.operands[-1]
         #: What was written: an open image, or the path of a new one.
         self.filled: Image | str = self.target
+        #: Offsets and causes of block status that could not be read, to be told.
+        self.unknown: list[tuple[int, str]] = []
 
     def run(self, progress: Progress) -> None:
         args = self.args
@@ -182,6 +184,7 @@ class _Conversion:
                 self._check_room(sources[0], target)
         try:
             self._convert(sources, target, values, write_cache, progress)
+            self._tell_unknown(None)
         except Error as error:
             raise self._failure(error, created=values is not None) from None
         if args.flag("bitmaps"):
@@ -287,9 +290,13 @@ class _Conversion:
     def _convert(
         self, sources: list[Image], target: Image | str, values: OptionList | None, cache: str, progress: Progress
     ) -> None:
+        from qcowlib.image import Image
         from qcowlib.jobs.convert import convert
 
         args = self.args
+        salvage = args.flag("salvage")
+        # Source: what an image behind blkdebug makes us say comes in the order of its offsets.
+        alone = salvage and any(type(source) is not Image for source in sources)
         fresh = self._create_luks(sources, values) if values is not None and self.fmt == "luks" else None
         made = values if fresh is None else None
         self.filled = fresh or target
@@ -305,12 +312,12 @@ class _Conversion:
             target_is_zero=args.flag("target-is-zero") or fresh is not None,
             copy_offload=args.flag("offload"),
             out_of_order=args.flag("out-of-order"),
-            salvage=self._salvage if args.flag("salvage") else None,
+            salvage=self._salvage if salvage else None,
             references=references(),
             cache=cache,  # type: ignore[arg-type]
             progress=progress.within(),
             rate=args.number("rate") or None,
-            workers=args.number("workers"),
+            workers=1 if alone else args.number("workers"),
             target_secret=self._target_secret(made),
             **(self._job_options(made) if made is not None else {}),
         )
@@ -347,15 +354,32 @@ class _Conversion:
         return image
 
     def _salvage(self, offset: int, error: Error) -> None:
+        """Tell what cannot be read, in order: the map is asked for before anything in it is read."""
+        if isinstance(error, StorageError) and error.operation == "block-status":
+            if self.unknown and offset <= self.unknown[-1][0]:
+                # The plan begins: what was told until now was for the progress.
+                self._tell_unknown(None)
+            self.unknown.append((offset, str(error.strerror)))
+            return
+        self._tell_unknown(offset)
         if not self.args.flag("quiet"):
             cause = error.strerror if isinstance(error, StorageError) else error.message
             self.console.warn(f"error while reading offset {offset}: {cause}")
+
+    def _tell_unknown(self, end: int | None) -> None:
+        """Tell of block status that could not be read, up to *end*."""
+        while self.unknown and (end is None or self.unknown[0][0] <= end):
+            offset, cause = self.unknown.pop(0)
+            if not self.args.flag("quiet"):
+                self.console.warn(f"error while reading block status at offset {offset}: {cause}")
 
     def _failure(self, error: Error, *, created: bool) -> Failure:
         text = error.message
         if isinstance(error, StorageError) and error.offset is not None and error.operation in ("read", "write"):
             verb = "reading" if error.operation == "read" else "writing"
             text = f"error while {verb} at byte {error.offset}: {error.strerror}"
+        elif isinstance(error, StorageError) and error.operation == "block-status":
+            text = f"error while reading block status at offset {error.offset}: {error.strerror}"
         elif error.hint == "Could not open backing image.":
             return Failure(f"Could not open '{self.target}': Could not open backing file: {text}")
         elif created and os.path.isdir(self.target):  # noqa: PTH112

@@ -17,7 +17,7 @@ from qcowlib.cli.opening import open_image
 from qcowlib.cli.optlist import OptionList, create_table
 from qcowlib.cli.parser import Args, Command, Option
 from qcowlib.cli.values import MAX_SIZE, size_option
-from qcowlib.errors import Error
+from qcowlib.errors import Error, StorageError
 from qcowlib.native import is_zero
 
 TYPE_CHECKING = False
@@ -114,6 +114,9 @@ def _copy(source: Image, target: Image, start: int, size: int) -> None:
                 _write(target, data, position - start)
                 position += len(data)
         target.flush()
+    except StorageError as error:
+        what = {"read": "reading from input", "write": "writing to output"}.get(error.operation)
+        raise Failure(f"error while {what} image file: {error.strerror}" if what else str(error)) from None
     except Error as error:
         raise Failure(str(error)) from None
 

@@ -123,11 +123,12 @@ def _next(ref: ImageRef, item: dict[str, Json]) -> ImageRef:
 def _check_allowed(ref: ImageRef, name: str) -> None:
     """Refuse what the policy for files that images name refuses.  Raises :class:`Failure`."""
     from qcowlib.errors import GateDenied
-    from qcowlib.gate import parse_name
+    from qcowlib.gate import name_of
 
     try:
-        path = parse_name(name, owner=ref.path).path
-        references().open("backing", path, ref.path, writable=False, cache="writeback").close()
+        policy = references()
+        path = name_of(policy, name, ref.path).path
+        policy.open("backing", path, ref.path, writable=False, cache="writeback").close()
     except GateDenied as error:
         raise open_failure(name, error) from None
     except Error:
@@ -146,12 +147,12 @@ def _one(ref: ImageRef, args: Args, console: Console) -> dict[str, Json]:
 
 
 def _text(item: dict[str, Json]) -> str:
-    size, disk = _int(item["virtual-size"]), _int(item["actual-size"])
+    size, disk = _int(item["virtual-size"]), item.get("actual-size")
     lines = [
         f"image: {item['filename']}\n",
         f"file format: {item['format']}\n",
         f"virtual size: {human_size(size)} ({size} bytes)\n",
-        f"disk size: {human_size(disk)}\n",
+        f"disk size: {'unavailable' if disk is None else human_size(_int(disk))}\n",
     ]
     if item.get("encrypted"):
         lines.append("encrypted: yes\n")

@@ -156,7 +156,7 @@ def _draw(image: Image, drawings: list[str], args: Args, console: Console) -> No
 def _entries(image: Image, start: int, length: int) -> Iterator[Entry]:
     if length <= 0:
         return
-    files = [layer.data.name for layer in image.layers]
+    files = [str(getattr(layer.data, "shown", layer.data.name)) for layer in image.layers]
     plain = [layer.plain for layer in image.layers]
     for kind, first, size, offset, depth, present in image.extents(start, length):
         yield Entry(

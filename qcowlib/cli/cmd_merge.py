@@ -68,7 +68,7 @@ def run(args: Args, console: Console) -> int:
     try:
         if args.flag("plan"):
             plan = plan_merge(
-                ref.path,
+                ref.plain_path,
                 lowest=lowest,
                 highest=highest,
                 target=new,
@@ -81,7 +81,7 @@ def run(args: Args, console: Console) -> int:
             return 0
         progress.report(0)
         merge(
-            ref.path,
+            ref.plain_path,
             lowest=lowest,
             highest=highest,
             target=new,

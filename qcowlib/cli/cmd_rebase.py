@@ -85,7 +85,7 @@ def _rebase(
 
     try:
         rebase(
-            ref.path,
+            ref.plain_path,
             args.text("backing") or None,
             args.text("backing-format"),
             format=ref.format,

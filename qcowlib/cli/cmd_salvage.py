@@ -71,7 +71,7 @@ def run(args: Args, console: Console) -> int:
     progress.report(0)
     try:
         found = salvage(
-            ref.path,
+            ref.plain_path,
             target,
             format=fmt,  # type: ignore[arg-type]
             source_format=ref.format,

@@ -62,7 +62,7 @@ def run(args: Args, console: Console) -> int:
 
     ref = options.single_image(args)
     as_json = options.wants_json(args)
-    target = args.text("seal") or seal_name(ref.path)
+    target = args.text("seal") or seal_name(ref.plain_path)
     secrets = parse_secrets(args.texts("object"))
     with open_image(
         ref,

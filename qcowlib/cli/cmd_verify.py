@@ -93,7 +93,7 @@ def _plan(name: str, args: Args, console: Console, *, as_json: bool) -> None:
     from qcowlib.jobs.seal import plan_verify, seal_name
 
     ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
-    sealed = args.text("seal") or seal_name(ref.path)
+    sealed = args.text("seal") or seal_name(ref.plain_path)
     secrets = parse_secrets(args.texts("object"))
     share, snapshot = args.flag("force-share"), args.text("snapshot")
     with open_image(ref, console, secrets=secrets, force_share=share, snapshot=snapshot) as image:
@@ -112,7 +112,7 @@ def _verify(name: str, args: Args, console: Console, progress: Callable[[int, in
 
     secrets = parse_secrets(args.texts("object"))
     ref = image_ref(name, args.text("format"), image_opts=args.flag("image-opts"))
-    sealed = args.text("seal") or seal_name(ref.path)
+    sealed = args.text("seal") or seal_name(ref.plain_path)
     if args.text("check") is not None:
         run_tool(args.text("check") or "", sealed)
     other = args.text("from")

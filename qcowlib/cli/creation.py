@@ -89,7 +89,10 @@ def protocol_path(name: str) -> str:
     try:
         return strip_protocol(name)
     except Failure:
-        raise Failure(f"Unknown protocol '{name.partition(':')[0]}'") from None
+        protocol = name.partition(":")[0]
+        if protocol == "blkdebug":
+            raise Failure("Protocol driver 'blkdebug' does not support image creation") from None
+        raise Failure(f"Unknown protocol '{protocol}'") from None
 
 
 def resolve_backing(request: Request, backing: str, *, unsafe: bool) -> None:

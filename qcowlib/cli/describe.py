@@ -30,6 +30,9 @@ def describe(ref: ImageRef, file: Storage, storage: Storage, header: Header | No
     Raises FormatError, StorageError.
     """
     result = image_info(storage, header, filename=ref.shown, file=file).to_dict()
+    if ref.debug is not None:
+        # Source: qemu-img asks what stands before the file, which does not know.
+        result.pop("actual-size", None)
     if ref.format == "luks":
         _describe_luks(result, storage)
     elif header is None and ref.is_file:

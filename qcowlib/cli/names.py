@@ -5,7 +5,8 @@
 Invariant: a name is parsed into a plain :class:`ImageRef` without touching any
 file; what the tree of drivers cannot express here is refused with one line,
 never ignored.  Supported trees: a format (qcow2, raw) over a file, with an
-optional raw window (offset, size) between.
+optional raw window (offset, size) between, and ``blkdebug`` before the file or
+before the format.
 """
 
 from __future__ import annotations
@@ -64,10 +65,26 @@ class ImageRef:
     the format asked for or None to probe, *windows* the raw layers between
     format and file from the top down, *secret* the id of the passphrase,
     *backing* what was said of the backing file (its *path* empty: where the
-    image says it is), *locking* whether others are kept off the file.
+    image says it is), *locking* whether others are kept off the file.  *debug*,
+    *data_debug* and *above* are what was said of ``blkdebug`` before the file,
+    the data file and the format.
     """
 
-    __slots__ = ("backing", "data_file", "format", "is_file", "locking", "path", "secret", "shown", "text", "windows")
+    __slots__ = (
+        "above",
+        "backing",
+        "data_debug",
+        "data_file",
+        "debug",
+        "format",
+        "is_file",
+        "locking",
+        "path",
+        "secret",
+        "shown",
+        "text",
+        "windows",
+    )
 
     def __init__(self, text: str, path: str, fmt: str | None) -> None:
         self.text = text
@@ -80,6 +97,16 @@ class ImageRef:
         self.is_file = False
         self.locking = True
         self.backing: ImageRef | None = None
+        self.debug: Tree | None = None
+        self.data_debug: Tree | None = None
+        self.above: Tree | None = None
+
+    @property
+    def plain_path(self) -> str:
+        """The path, for who opens the file past :mod:`.opening`.  Raises :class:`Failure` behind ``blkdebug``."""
+        if self.debug is not None or self.data_debug is not None or self.above is not None:
+            raise _refused(self.text, "this command does not work through blkdebug")
+        return self.path
 
 
 def known_format(name: str) -> bool:
@@ -100,9 +127,24 @@ def image_ref(text: str, fmt: str | None, *, image_opts: bool = False, backing: 
         return _from_tree(text, _json_tree(text), fmt, backing)
     if fmt is not None and fmt not in _OPENABLE and fmt not in _FILES:
         raise _refused(text, f"Unknown driver '{fmt}'")
+    if text.startswith("blkdebug:"):
+        return _debugged(text, fmt)
     path = strip_protocol(text)
     ref = ImageRef(text, path, "raw" if fmt in _FILES else fmt)
     ref.is_file = fmt in _FILES
+    return ref
+
+
+def _debugged(text: str, fmt: str | None) -> ImageRef:
+    """``blkdebug:CONFIG:PATH``, where the configuration may be empty."""
+    config, colon, name = text[len("blkdebug:") :].partition(":")
+    if not colon:
+        raise _refused(text, "blkdebug requires both config file and image path")
+    if not name:
+        raise _refused(text, "The 'file' block driver requires a file name")
+    ref = ImageRef(text, strip_protocol(name), "raw" if fmt in _FILES else fmt)
+    ref.debug = {"config": config}
+    ref.shown = f"blkdebug:{config}:{ref.path}"
     return ref
 
 
@@ -180,6 +222,8 @@ def _json_tree(text: str) -> Tree:
 def _flatten(value: Mapping[str, object], prefix: str) -> list[tuple[str, Leaf]]:
     items: list[tuple[str, Leaf]] = []
     for key, item in value.items():
+        if isinstance(item, list):
+            item = {str(index): one for index, one in enumerate(item)}
         if isinstance(item, dict):
             items += _flatten(item, f"{prefix}{key}.")
         elif item is None or isinstance(item, (bool, int, str)):
@@ -195,6 +239,8 @@ def _from_tree(text: str, root: Tree, fmt: str | None, backing: bool) -> ImageRe
         driver = fmt if "driver" not in root or root["driver"] in _FILES else driver
         if root.get("driver") == "qcow2" and fmt == "raw":
             driver = "raw"
+    if driver == "blkdebug":
+        return _from_debugged(text, root, backing)
     if driver is None and "file" not in root:
         raise _refused(text, "Must specify either driver or file")
     if not (driver is None or isinstance(driver, str)) or (driver is not None and driver not in (*_OPENABLE, *_FILES)):
@@ -210,6 +256,38 @@ def _from_tree(text: str, root: Tree, fmt: str | None, backing: bool) -> ImageRe
     _check_keys(text, root, driver, backing)
     _format_options(ref, root)
     return ref
+
+
+def _from_debugged(text: str, root: Tree, backing: bool) -> ImageRef:
+    """A tree with ``blkdebug`` on top: over a file, which is raw then, or over a format."""
+    image = _debugged_image(text, root)
+    if image.get("driver", "file") not in _FILES:
+        ref = _from_tree(text, image, None, backing)
+        if ref.debug is not None or ref.above is not None:
+            raise _refused(text, "Driver 'blkdebug' cannot be used here")
+        ref.above = root
+        return ref
+    ref = ImageRef(text, "", "raw")
+    _set_debugged(ref, root)
+    return ref
+
+
+def _debugged_image(text: str, node: Tree) -> Tree:
+    image = node.get("image")
+    if image is None:
+        raise _refused(text, 'A block device must be specified for "image"')
+    if not isinstance(image, dict):
+        raise _refused(text, f"Cannot find device='{image}' nor node-name='{image}'")
+    return image
+
+
+def _set_debugged(ref: ImageRef, node: Tree) -> None:
+    image = _debugged_image(ref.text, node)
+    if image.get("driver", "file") not in _FILES:
+        raise _refused(ref.text, f"Driver '{image['driver']}' cannot be used here")
+    _set_file(ref, image)
+    ref.debug = node
+    ref.shown = f"blkdebug:{node.get('config') or ''}:{ref.path}"
 
 
 def _walk_files(ref: ImageRef, root: Tree) -> None:
@@ -233,6 +311,12 @@ def _walk_files(ref: ImageRef, root: Tree) -> None:
         if driver in _FILES:
             _set_file(ref, child)
             break
+        if driver == "blkdebug":
+            _set_debugged(ref, child)
+            if simple and not set(child) - {"driver", "image", "config"}:
+                return
+            simple = False
+            break
         if driver != "raw":
             known = isinstance(driver, str) and driver in FORMATS
             raise _refused(
@@ -249,11 +333,15 @@ def _visible(node: Tree) -> Json:
     keep: dict[str, Json] = {}
     for key, value in node.items():
         if isinstance(value, dict):
-            if key == "file":
+            if key in ("inject-error", "set-state"):
+                keep[key] = dict(value)
+            elif key == "image":
+                keep[key] = _visible(value)
+            elif key == "file":
                 keep[key] = _visible({"driver": "file", **value} if "driver" not in value else value)
             elif key == "encrypt":
                 keep.update((f"encrypt.{name}", item) for name, item in _leaves(value) if name != "format")
-        elif key in ("driver", "filename", "offset", "size", "key-secret"):
+        elif key in ("driver", "filename", "offset", "size", "key-secret", "config"):
             keep[key] = value
     return keep
 
@@ -276,7 +364,10 @@ def _window(text: str, node: Tree) -> Window:
 
 def _set_file(ref: ImageRef, node: Tree) -> None:
     ref.path = _file_name(ref.text, node)
-    ref.locking = node.get("locking") not in ("off", False)
+    locking = node.get("locking", "auto")
+    if isinstance(locking, str) and locking not in ("auto", "on", "off"):
+        raise _refused(ref.text, f"invalid parameter value: {locking}")
+    ref.locking = locking not in ("off", False)
 
 
 def _file_name(text: str, node: Tree) -> str:
@@ -330,6 +421,9 @@ def _format_options(ref: ImageRef, root: Tree) -> None:
     if isinstance(backing, dict):
         ref.backing = _backing(ref.text, backing)
     data_file = root.get("data-file")
+    if isinstance(data_file, dict) and data_file.get("driver") == "blkdebug":
+        ref.data_debug = data_file
+        data_file = _debugged_image(ref.text, data_file)
     if isinstance(data_file, dict):
         ref.data_file = _file_name(ref.text, data_file)
 
@@ -342,6 +436,8 @@ def _backing(text: str, root: Tree) -> ImageRef:
     ref = ImageRef(text, "", driver if isinstance(driver, str) else None)
     if "file" in root:
         _walk_files(ref, root)
+        if ref.debug is not None:
+            raise _refused(text, "Could not open backing file: Driver 'blkdebug' cannot be used here")
         if ref.windows:
             raise _refused(text, "Could not open backing file: a part of a file cannot be used here")
     known = {"driver", "key-secret", "encrypt.key-secret", "encrypt.format"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from qcowlib.cli.console import Failure
-from qcowlib.cli.names import FORMATS
+from qcowlib.cli.names import FORMATS, image_ref
 from qcowlib.cli.objects import passphrase
 from qcowlib.errors import Error, printable
 from qcowlib.ondisk.header import HEADER_READ, Header, header_read_size, is_qcow2
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from qcowlib.cli.console import Console
     from qcowlib.cli.names import ImageRef
-    from qcowlib.gate import References
+    from qcowlib.gate import FileName, References
     from qcowlib.image import Image
     from qcowlib.storage.base import Storage
 
@@ -77,6 +77,8 @@ def open_storage(ref: ImageRef, *, force_share: bool = False) -> tuple[FileStora
     except Error as error:
         raise open_failure(ref.text, error) from None
     try:
+        if ref.data_debug is not None or ref.above is not None:
+            raise Failure(f"Could not open '{ref.text}': this command does not work through blkdebug")
         view = _windowed(file, ref)
         header = read_header(view, ref.format)
         recognise_luks(ref, view)
@@ -95,6 +97,11 @@ def open_storage(ref: ImageRef, *, force_share: bool = False) -> tuple[FileStora
 
 def _windowed(file: FileStorage, ref: ImageRef) -> Storage:
     storage: Storage = file
+    if ref.debug is not None:
+        from qcowlib.cli.blkdebug import DebuggedStorage, rules_of
+
+        debugged = DebuggedStorage(file, rules_of(ref.debug, ref.text), ref.debug, ref.text)
+        storage = debugged.guest if ref.windows or ref.format == "luks" else debugged
     for window in reversed(ref.windows):
         storage = _window(storage, ref, window.offset, window.size)
     return storage
@@ -136,6 +143,47 @@ def read_header(storage: Storage, fmt: str | None) -> Header | None:
     return Header.parse(bytes(data), size, path=storage.name, no_io=True)
 
 
+class _Named:
+    """The policy ``any``, which also knows files behind ``blkdebug``."""
+
+    def __init__(self) -> None:
+        self._debugged: dict[tuple[str, str], ImageRef] = {}
+
+    def parse_name(self, name: str, *, owner: str) -> FileName:
+        from qcowlib import gate
+
+        if "blkdebug" not in name:
+            return gate.parse_name(name, owner=owner)
+        try:
+            ref = image_ref(name, None)
+        except Failure:
+            return gate.parse_name(name, owner=owner)
+        # What else a tree may say is not for a name that an image brings.
+        plain = not (ref.windows or ref.secret or ref.backing or ref.data_file or ref.above) and ref.locking
+        if ref.debug is None or not plain:
+            return gate.parse_name(name, owner=owner)
+        path = gate.seen_from(owner, ref.path)
+        self._debugged[owner, path] = ref
+        return gate.FileName(path, ref.format)
+
+    def open(
+        self, kind: Literal["backing", "data-file"], name: str, owner: str, *, writable: bool, cache: str
+    ) -> Storage:
+        from qcowlib.gate import qemu_like
+
+        storage = qemu_like.open(kind, name, owner, writable=writable, cache=cache)
+        ref = self._debugged.get((owner, name)) if kind == "backing" else None
+        if ref is None or ref.debug is None:
+            return storage
+        from qcowlib.cli.blkdebug import DebuggedStorage, rules_of
+
+        try:
+            return DebuggedStorage(storage, rules_of(ref.debug, ref.text), ref.debug, ref.text)
+        except BaseException:
+            storage.close()
+            raise
+
+
 class _Given:
     """A policy that opens the backing files which the command line names, and asks *policy* for others."""
 
@@ -146,6 +194,11 @@ class _Given:
         while layer.backing is not None and layer.backing.path:
             self._paths[layer.path] = layer.backing.path
             layer = layer.backing
+
+    def parse_name(self, name: str, *, owner: str) -> FileName:
+        from qcowlib.gate import name_of
+
+        return name_of(self._policy, name, owner)
 
     def open(
         self, kind: Literal["backing", "data-file"], name: str, owner: str, *, writable: bool, cache: str
@@ -163,11 +216,11 @@ def references(ref: ImageRef | None = None) -> References:
     """
     if ref is not None and ref.backing is not None:
         return _Given(ref, references())
-    from qcowlib import gate
-
     wanted = os.environ.get("QCOW_REFERENCES", "any")
     if wanted == "any":
-        return gate.qemu_like
+        return _Named()
+    from qcowlib import gate
+
     if wanted == "folder":
         return gate.same_directory()
     if wanted == "none":
@@ -230,22 +283,61 @@ def open_image(
             force_share=force_share,
             lock=ref.locking,
             secret=layer_secrets(ref, secrets),
-            data_file=ref.data_file,
+            data_file=_data_file(ref, writable, cache),
             backing=backing,
             backing_format=ref.backing.format if ref.backing is not None else None,
             references=references(ref),
         )
     except Error as error:
         raise open_failure(ref.text, error, code=code) from None
-    if backing and len(image.layers) <= _said_below(ref):
+    if backing and len(image.layers) <= _said_below(ref) and not _shows_no_backing(image, ref, code):
         image.close()
         raise Failure(f"Could not open '{ref.text}': 'backing' is for images that name a backing file", code=code)
+    if ref.above is not None:
+        image = _debugged_image(image, ref)
     for line in getattr(image.layers[0], "repairs", ()):
         console.err(f"{line}\n")
     if writable:
         tell_probed_raw(ref, image, console)
     tell_lost_bitmaps(getattr(image.layers[0], "header", None), console)
     return image
+
+
+def _debugged_image(image: Image, ref: ImageRef) -> Image:
+    from qcowlib.cli.blkdebug import DebuggedImage, rules_of
+
+    try:
+        if image.mode != "r":
+            raise Failure(f"Could not open '{ref.text}': an image behind blkdebug can only be read")
+        return DebuggedImage(image, rules_of(ref.above or {}, ref.text))
+    except BaseException:
+        image.close()
+        raise
+
+
+def _data_file(ref: ImageRef, writable: bool, cache: str) -> str | Storage | None:
+    if ref.data_file is None or ref.data_debug is None:
+        return ref.data_file
+    from qcowlib.cli.blkdebug import DebuggedStorage, rules_of
+
+    node = ref.data_debug
+    rules = rules_of(node, ref.text)
+    return DebuggedStorage(FileStorage.open(ref.data_file, writable=writable, cache=cache), rules, node, ref.text)
+
+
+def _shows_no_backing(image: Image, ref: ImageRef, code: int) -> bool:
+    """Whether *image* may have the one backing file that was named: one that its raw data file hides for good."""
+    header: Header | None = getattr(image.layers[0], "header", None)
+    below = ref.backing
+    if header is None or not header.data_file_raw or below is None or below.backing is not None:
+        return False
+    try:
+        FileStorage.open(below.path).close()
+    except Error as error:
+        image.close()
+        error.message = f"Could not open backing file: {error.message}"
+        raise open_failure(ref.text, error, code=code) from None
+    return True
 
 
 def _said_below(ref: ImageRef) -> int:
@@ -259,14 +351,16 @@ def _said_below(ref: ImageRef) -> int:
 def _source(
     ref: ImageRef, writable: bool, cache: str, force_share: bool, secrets: Mapping[str, bytes]
 ) -> str | Storage:
-    if ref.format in FORMATS and not ref.windows:
+    if ref.format in FORMATS and not ref.windows and ref.debug is None:
         return ref.path
     file = FileStorage.open(ref.path, writable=writable, cache=cache)
     try:
         view = _windowed(file, ref)
         recognise_luks(ref, view)
+        if ref.debug is not None and ref.format != "luks" and ref.locking:
+            _lock(file, view, ref, writable, force_share)
         if ref.format != "luks":
-            return view if ref.windows else file
+            return view if ref.windows or ref.debug is not None else file
         access = "force_share" if force_share else "write" if writable else "read"
         if ref.locking:
             lock_image(file.fileno(), file.name, access)  # type: ignore[arg-type]
@@ -276,6 +370,15 @@ def _source(
     except BaseException:
         file.close()
         raise
+
+
+def _lock(file: FileStorage, view: Storage, ref: ImageRef, writable: bool, force_share: bool) -> None:
+    """Lock a file that the engine sees only through others, as the engine would."""
+    from qcowlib.chain import probe_format
+
+    access = "force_share" if force_share else "write" if writable else "read"
+    reserve = (ref.format or probe_format(view)) != "raw"
+    lock_image(file.fileno(), file.name, access, reserve=reserve)  # type: ignore[arg-type]
 
 
 def secret_of(ref: ImageRef, secrets: Mapping[str, bytes]) -> bytes | None:
@@ -301,13 +404,13 @@ def check_backing(ref: ImageRef, header: Header) -> None:
     """Open and close the backing chain of *ref*, as opening the image would.  Raises :class:`Failure`."""
     if not header.backing_file:
         return
-    from qcowlib.gate import parse_name
+    from qcowlib.gate import name_of
     from qcowlib.image import open as open_any
 
     policy = references()
     fmt = header.backing_format.decode("utf-8", "surrogateescape") if header.backing_format else None
     try:
-        named = parse_name(header.backing_file.decode("utf-8", "surrogateescape"), owner=ref.path)
+        named = name_of(policy, header.backing_file.decode("utf-8", "surrogateescape"), ref.path)
         storage = policy.open("backing", named.path, ref.path, writable=False, cache="writeback")
         open_any(storage, format=fmt or named.format, references=policy).close()
     except Error as error:

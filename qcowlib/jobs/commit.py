@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from qcowlib.errors import UsageError, printable
-from qcowlib.gate import References, qemu_like
+from qcowlib.gate import FileName, References, name_of, qemu_like
 from qcowlib.image import Image
 from qcowlib.image import open as open_image
 from qcowlib.jobs.copy import Copier
@@ -92,6 +92,10 @@ class Below:
         #: Number of the layer that is the base, counted from the top.
         self.found: int | None = None
 
+    def parse_name(self, name: str, *, owner: str) -> FileName:
+        """Return what *name* means to the policy below."""
+        return name_of(self._policy, name, owner)
+
     def open(self, kind: Kind, name: str, owner: str, *, writable: bool, cache: str) -> Storage:
         from qcowlib.storage.imagelock import lock_image
 
@@ -138,7 +142,10 @@ def _commit(
 ) -> None:
     layer = top.layers[depth]
     fmt = layer.format if not isinstance(layer, RawImage) or layer.plain else "luks"
-    with open_image(layer.storage.name, "r+", format=fmt, references=references, cache=cache, secret=secret) as base:
+    # What stands before a file stands before it here too.
+    again = getattr(layer.storage, "reopen", None)
+    source = layer.storage.name if again is None else again(cache)
+    with open_image(source, "r+", format=fmt, references=references, cache=cache, secret=secret) as base:
         below = base.layers[0]
         if getattr(below.storage, "identity", None) != getattr(layer.storage, "identity", None):
             raise UsageError("the backing file was replaced meanwhile", path=layer.storage.name)

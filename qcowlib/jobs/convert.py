@@ -23,7 +23,8 @@ existing        the target is there and large enough; with *target_is_zero* it
 copy_offload    let the kernel copy; nobody looks for zeros in data then
 out_of_order    only allows what this engine never needs for speed
 salvage         called with ``(offset, error)`` for each sector that cannot be read
-                and becomes zeros
+                and becomes zeros, and, the error's operation being ``block-status``, for
+                one that is only read because nothing else tells what it holds
 cache           of the target; with ``unsafe`` it is not made durable
 =============== ==============================================================
 """
@@ -306,6 +307,7 @@ def _copy(job: Job, target: Sink, header: Header | None, *, zeroed: bool) -> Non
         codec=packs,
         top_only=job.top_only,
         backing_end=job.backing_end,
+        salvage=job.salvage,
     )
     copier = Copier(
         target,

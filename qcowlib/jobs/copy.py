@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from qcowlib.driver import COMPRESSED, DATA
 from qcowlib.errors import CorruptImage, Error, StorageError
+from qcowlib.image import Image
 from qcowlib.jobs.plan import COPY, PACKED, Part, Stretch
 from qcowlib.jobs.targets import Action
 from qcowlib.native import RunList, is_zero, zero_runs
@@ -286,9 +287,13 @@ def _read_together(unit: list[Stretch], buffer: memoryview) -> bool:
         return False
     for stretch in unit:
         for part in stretch.parts if stretch.status == COPY else ():
-            if image is not None and part.source.image is not image:
+            if image is None:
+                image = part.source.image
+                # Who stands before an image or a file sees each request once.
+                if type(image) is not Image or any(layer.data.fd_map() is None for layer in image.layers):
+                    return False
+            if part.source.image is not image:
                 return False
-            image = part.source.image
             for kind, _, length, host, layer in part.runs:
                 if kind != DATA or not image.layers[layer].plain:
                     return False

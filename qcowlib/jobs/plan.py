@@ -15,14 +15,15 @@ qemu-img looks at them one by one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qcowlib.driver import COMPRESSED, DATA, HOLE
+from qcowlib.errors import StorageError
 from qcowlib.native import RunList
 from qcowlib.ondisk import unpack_compressed
 from qcowlib.qcow2.image import Qcow2Image
-from qcowlib.units import MiB, round_up
+from qcowlib.units import SECTOR, MiB, ceil_div, round_up
 
 if TYPE_CHECKING:
     from qcowlib.image import Image
@@ -115,11 +116,18 @@ class Stretch(NamedTuple):
     packed: tuple[int, int] = (0, 0)
 
 
-def runs_of(sources: Sequence[Source], *, top_only: bool = False, backing_end: int = 0) -> Iterator[list[Run]]:
+def runs_of(
+    sources: Sequence[Source],
+    *,
+    top_only: bool = False,
+    backing_end: int = 0,
+    salvage: Callable[[int, StorageError], object] | None = None,
+) -> Iterator[list[Run]]:
     """Yield the runs of all *sources*, in lists of one lookup each.
 
     With *top_only* what the top layer does not say is left to the target's
-    backing file, and so are zeros behind its end, *backing_end*.
+    backing file, and so are zeros behind its end, *backing_end*.  *salvage* gets
+    ``(target offset, error)`` of each sector whose status cannot be told; it is read then.
     """
     for source in sources:
         image = source.image
@@ -127,7 +135,8 @@ def runs_of(sources: Sequence[Source], *, top_only: bool = False, backing_end: i
         deep = len(image.layers) > 1
         while offset < size:
             found = []
-            for kind, guest, length, host, layer in image.map(offset, size - offset):
+            runs = image.map(offset, size - offset) if salvage is None else _known(source, offset, salvage)
+            for kind, guest, length, host, layer in runs:
                 if kind in (DATA, COMPRESSED):
                     status = COPY if layer == 0 or not top_only else BACKING
                 else:
@@ -135,6 +144,21 @@ def runs_of(sources: Sequence[Source], *, top_only: bool = False, backing_end: i
                 found.append(Run(status, source.shift + guest, length, source, kind, guest, host, layer))
                 offset = guest + length
             yield list(_behind(found, backing_end)) if top_only else found
+
+
+def _known(source: Source, offset: int, tell: Callable[[int, StorageError], object]) -> RunList:
+    """Return the map from *offset* on, as far as it can be told.  Source: qemu-img asks for a quarter, each time."""
+    left = source.last - offset
+    count = ceil_div(left, SECTOR)
+    while True:
+        length = min(count * SECTOR, left)
+        try:
+            return source.image.map(offset, length)
+        except StorageError as error:
+            if count == 1:
+                tell(source.shift + offset, error)
+                return source.image.map(offset, length, holes=False)
+        count = ceil_div(count, 4)
 
 
 def _behind(runs: Iterable[Run], backing_end: int) -> Iterator[Run]:
@@ -166,7 +190,7 @@ class Plan:
     whole (0: any bytes will do), *single* whether each is a stretch of its own
     (to be compressed), *keep_zeros* whether zeros must be written (the target does not read
     as zeros by itself).  *codec* is the compression type of the target where
-    compressed clusters of a source may be passed on as they are.
+    compressed clusters of a source may be passed on as they are; *salvage* is as in :func:`runs_of`.
     """
 
     def __init__(
@@ -180,8 +204,10 @@ class Plan:
         codec: int | None = None,
         top_only: bool = False,
         backing_end: int = 0,
+        salvage: Callable[[int, StorageError], object] | None = None,
     ) -> None:
         self.sources = sources
+        self.salvage = salvage
         self.unit = unit
         # Where runs may be joined without a difference to detection in each of them.
         self.join = 1 if not unit else unit if unit & (unit - 1) == 0 else 1 << 63
@@ -195,7 +221,8 @@ class Plan:
         self.total = sources[-1].end if sources else 0
 
     def _runs(self) -> Iterator[list[Run]]:
-        for runs in runs_of(self.sources, top_only=self.top_only, backing_end=self.backing_end):
+        found = runs_of(self.sources, top_only=self.top_only, backing_end=self.backing_end, salvage=self.salvage)
+        for runs in found:
             if self.unit:
                 yield runs
             else:

@@ -16,9 +16,10 @@ Not here: reading, compressing, encrypting or writing guest data.
 
 from __future__ import annotations
 
+import errno
 from typing import Final
 
-from qcowlib.errors import OutOfRange, UsageError
+from qcowlib.errors import OutOfRange, StorageError, UsageError
 from qcowlib.native import add_refcount, fill_entries
 from qcowlib.ondisk import CRYPT_LUKS, SUBCLUSTERS, ZERO, Header, pack_compressed
 from qcowlib.qcow2.layout import NewImage
@@ -131,12 +132,14 @@ class Builder:
         """Allocate *length* compressed bytes for cluster number *guest_cluster*; return their host offset.
 
         Compressed clusters are packed byte by byte; the caller writes exactly
-        these bytes.  Raises: OutOfRange, UsageError.
+        these bytes.  Raises: OutOfRange, UsageError, StorageError (ENOTSUP) beside an external data file.
         """
         header = self.header
         cluster_bits = header.cluster_bits
         if header.has_data_file:
-            raise UsageError("an image with an external data file has no compressed clusters")
+            raise StorageError(
+                errno.ENOTSUP, path=self._storage.name, operation="write", offset=guest_cluster << cluster_bits
+            )
         if not 0 < length < header.cluster_size:
             raise UsageError("compressed data must be smaller than a cluster")
         guest = guest_cluster << cluster_bits

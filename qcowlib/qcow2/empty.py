@@ -40,7 +40,7 @@ async def empty(writer: Writer) -> None:
         # The second commit writes the counts of what the first one released.
         await image.changing.commit()
         await image.changing.commit()
-        if image.data is image.storage:
+        if not image.header.has_data_file:
             await cut_tail(writer)
             # Most went with the end of the file: no need to punch that as well.
             await image.changing.punch_free(gone)

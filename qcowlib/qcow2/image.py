@@ -32,6 +32,7 @@ from qcowlib.qcow2.ordering import Mutex, Writeback
 from qcowlib.qcow2.read import Cipher, LayerReader
 from qcowlib.qcow2.refcounts import RefcountStore
 from qcowlib.qcow2.tables import CACHE_BYTES, L2Tables, make_map
+from qcowlib.storage.wrapper import guest_side
 from qcowlib.units import ceil_div
 
 TYPE_CHECKING = False
@@ -109,7 +110,7 @@ class Qcow2Image:
     ) -> None:
         self.runtime = runtime
         self.storage = storage
-        self.data = data if data is not None else storage
+        self.data = data if data is not None else guest_side(storage)
         self.header = header
         self.writable = writable
         if header.has_data_file and data is None:

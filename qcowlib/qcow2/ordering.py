@@ -391,7 +391,7 @@ class Writeback:
     async def barrier(self) -> None:
         """Everything written before is durable when this returns; a failure is final (L5)."""
         try:
-            if self.data is not self.storage:
+            if self.header.has_data_file:
                 await self.runtime.io(self.data.flush)
             await self.runtime.io(self.storage.flush)
         except StorageError as error:

@@ -108,6 +108,9 @@ async def _grow(
 ) -> None:
     image = writer.image
     header = image.header
+    if header.data_file_raw and preallocation == "off":
+        # Source: whoever reads the raw file alone sees the same bytes, so the mapping is made at once.
+        preallocation = "metadata"
     await _grow_l1(writer, size)
     if old < backing_size or preallocation != "off":
         # The place of the old L1 is the first to be taken, as in qemu.
@@ -124,7 +127,7 @@ async def _grow(
         await _zero(writer, old, min(size, max(edge, backing_size)))
         if preallocation in ("falloc", "full"):
             await _preallocate(writer, edge, size, preallocation)
-        if image.data is not image.storage and image.data.size < size:
+        if image.header.has_data_file and image.data.size < size:
             await image.runtime.io(image.data.resize, size)
     except BaseException:
         header.size = old
@@ -202,7 +205,7 @@ async def _shrink(writer: Writer, size: int, refresh: Callable[[], None]) -> Non
     # Counts of what was released are only in memory until the next commit.
     await image.changing.commit(quiet=True)
     await _drop_empty_blocks(writer)
-    if image.data is not image.storage:
+    if image.header.has_data_file:
         await image.runtime.io(image.data.resize, size)
     else:
         await cut_tail(writer)

@@ -375,7 +375,7 @@ class Writer:
         """Write *buffers* at *host* of the data storage, encrypting on the way."""
         image = self.image
         cipher = image.reader.cipher
-        if image.data is image.storage:
+        if not image.header.has_data_file:
             image.changing.check_overlap(host, sum(len(part) for part in buffers))
         pin = image.chain_map.pin() if image.chain_map is not None else 0
         try:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
     from qcowlib.storage.base import Alignment, FdSegment, Storage, StorageExtent
 
-__all__ = ["StorageWrapper"]
+__all__ = ["StorageWrapper", "guest_side"]
+
+
+def guest_side(storage: Storage) -> Storage:
+    """Return what guest data goes through: *storage*, unless it tells its own metadata and guest data apart."""
+    return getattr(storage, "guest", storage)
 
 
 class StorageWrapper:

@@ -105,9 +105,16 @@ class Pair:
         self.ours.mkdir()
 
     def setup(self, *lines: str) -> None:
-        """Run real commands in both directories (``io [-f FORMAT] NAME COMMAND...`` is qemu-io)."""
+        """Run real commands in both directories (``io [-f FORMAT] NAME COMMAND...`` is qemu-io).
+
+        ``file NAME LINE...`` writes a text file.
+        """
         for where in (self.real, self.ours):
             for line in lines:
+                if line.startswith("file "):
+                    name, *texts = split(line)[1:]
+                    (where / name).write_text("".join(f"{text}\n" for text in texts))
+                    continue
                 _run(_real_words(line), where).check_returncode()
 
     def attempt(self, line: str) -> None:

@@ -349,3 +349,24 @@ def test_compressed_data_are_not_written_over_data(qcow: Any, tmp_path: Path) ->
     assert "compressed data can only be written where nothing is allocated" in outcome.err
     with qcowlib.open(tmp_path / "new") as image:
         assert image.pread(4, 0) == b"9999"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("check", "blkdebug::a"),
+        ("commit", "blkdebug::a"),
+        ("rebase", "-u", "-b", "", "blkdebug::a"),
+        ("compact", "blkdebug::a"),
+        ("info", "--image-opts", "driver=blkdebug,image.driver=qcow2,image.file.filename=a"),
+        ("resize", "--image-opts", "driver=blkdebug,image.driver=qcow2,image.file.filename=a", "2M"),
+    ],
+    ids=lambda line: line[0],
+)
+def test_a_command_that_would_pass_by_blkdebug_refuses_it(qcow: Any, line: tuple[str, ...]) -> None:
+    assert qcow("create", "-q", "-f", "qcow2", "a", "1M").status == 0
+    outcome = qcow(*line)
+    assert outcome.status == 1
+    assert outcome.err.startswith("qcow: Could not open '")
+    assert "through blkdebug\n" in outcome.err or "behind blkdebug can only be read\n" in outcome.err
+    assert outcome.err.count("\n") == 1

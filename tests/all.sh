@@ -25,7 +25,7 @@ part lint sh "$here/lint.sh" "$python"
 part checked env PYTEST_ADDOPTS="--basetemp=$scratch/t" sh "$here/checked.sh" "$python"
 part wheel sh "$here/wheel.sh" "$python"
 part bench "$python" -m pytest bench --benchmark-disable -n 0 --basetemp="$scratch/t"
-part tests "$python" -m pytest -n 2 --dist loadgroup --basetemp="$scratch/t"
+part tests "$python" -m pytest -n 2 --dist loadgroup --durations 20 --basetemp="$scratch/t"
 
 if [ -n "$failed" ]; then
     printf 'FAILED:%s\n' "$failed"

@@ -368,6 +368,6 @@ def test_random_work_is_the_same_as_on_qemu_io(report: None) -> None:
     # A run is a few hundred requests; shrinking one takes minutes.
     phases = [Phase.explicit, Phase.reuse, Phase.generate] + [Phase.shrink] * (LONG > 1)
     run_state_machine_as_test(
-        SameAsQemuIo, settings=settings(max_examples=70 * LONG, stateful_step_count=30, phases=phases)
+        SameAsQemuIo, settings=settings(max_examples=90 * LONG, stateful_step_count=30, phases=phases)
     )
     assert counted["operations"] >= 10_000

@@ -182,6 +182,9 @@ def test_convert(made: Images, line: str) -> None:
     with built(made, "snapshot -c s top") as pair:
         note(line)
         outcome = pair.compare(f"{line} new")
+        if outcome.status:
+            # The real one leaves a target that it made and could not open: docs/drop_in.md.
+            (pair.real / "new").unlink(missing_ok=True)
         play(pair, [], *(["new"] if outcome.status == 0 else []))
 
 

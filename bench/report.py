@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the benchmarks, print the table of ratios, write docs/benchmarks.md and guard against regressions.
 
-Usage: ``report.py [--quick] [--guard] [-k EXPRESSION]``
+Usage: ``report.py [--quick] [--guard] [-k EXPRESSION [--update]]``
 
 A ratio is the time of the peer divided by ours in the same run, from the
 fastest round of each: absolute times move with the machine, ratios hardly do.
 ``--quick`` measures tiny sizes and writes nothing; ``--guard`` compares with
 the stored ratios (bench/ratios.json) instead of replacing them, and fails if
-one fell by more than a quarter.
+one fell by more than a quarter.  ``--update`` puts what ``-k`` selects into the
+stored table and ratios, whose other rows stay.
 """
 
 from __future__ import annotations
@@ -157,10 +158,23 @@ def markdown(table: list[Row]) -> str:
         "| Job | We | Peer | Peer's | Ours | Times as fast | Target |",
         "|---|---|---|---:|---:|---:|---|",
     ]
-    for row in table:
-        theirs, ours = human(row.seconds, row.unit), human(row.our_seconds, row.unit)
-        lines.append(f"| {row.group} | {row.ours} | {row.who} | {theirs} | {ours} | {row.ratio:.2f} | {verdict(row)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *map(line_of, table)]) + "\n"
+
+
+def line_of(row: Row) -> str:
+    """Return the line of the table for *row*."""
+    theirs, ours = human(row.seconds, row.unit), human(row.our_seconds, row.unit)
+    return f"| {row.group} | {row.ours} | {row.who} | {theirs} | {ours} | {row.ratio:.2f} | {verdict(row)} |"
+
+
+def updated(text: str, table: list[Row]) -> str:
+    """Return the document *text* with the lines of *table* in the place of those for the same, new ones at its end."""
+    lines = {
+        line.rsplit(" |", 5)[0] if line.startswith("|") else f"{number}": line
+        for number, line in enumerate(text.splitlines())
+    }
+    lines |= {line_of(row).rsplit(" |", 5)[0]: line_of(row) for row in table}
+    return "\n".join(lines.values()) + "\n"
 
 
 def regressions(table: list[Row], stored: dict[str, float]) -> list[str]:
@@ -178,6 +192,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
     parser.add_argument("--guard", action="store_true", help="compare with the stored ratios instead of replacing them")
     parser.add_argument("-k", dest="expression", help="only benchmarks that match, nothing written")
+    parser.add_argument("--update", action="store_true", help="with -k: write what was measured, keep the rest")
     arguments = parser.parse_args()
     table = rows(measure(arguments.quick, arguments.expression))
     print(markdown(table))
@@ -185,9 +200,12 @@ def main() -> int:
         fallen = regressions(table, json.loads(STORED.read_text()))
         print("\n".join(["slower than before:", *fallen]) if fallen else "no ratio fell")
         return bool(fallen)
-    if not arguments.quick and not arguments.expression:
-        TABLE.write_text(markdown(table))
-        STORED.write_text(json.dumps({row.key: round(row.ratio, 3) for row in table}, indent=1) + "\n")
+    whole = not arguments.expression
+    if not arguments.quick and (whole or arguments.update):
+        TABLE.write_text(markdown(table) if whole else updated(TABLE.read_text(), table))
+        stored = {} if whole else json.loads(STORED.read_text())
+        stored |= {row.key: round(row.ratio, 3) for row in table}
+        STORED.write_text(json.dumps(stored, indent=1) + "\n")
     return 0
 
 

@@ -19,7 +19,7 @@ KIB = 1 << 10
 SIZE = 512 * KIB
 CTIME = 1617235200
 #: States a case; all of them with ./run crash.
-AT_MOST = 12 if "QCOWLIB_LONG" not in os.environ else 1 << 30
+AT_MOST = 8 if "QCOWLIB_LONG" not in os.environ else 1 << 30
 
 pytestmark = [pytest.mark.crash, pytest.mark.real("strace")]
 

@@ -18,17 +18,15 @@ Source: the protocol of the tool of 2011, as domains of versions 0 to 2 use it.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from contextlib import closing
 from typing import Final
 
-from qcowlib.errors import StorageError
-from qcowlib.storage.file import FileStorage
 from storage_pool.lease_records import SAFELEASE_SIZE, SafeleaseTag, parse_leader
 from storage_pool.leases import HostState, Lease, LeaseArea, LeaseOwner
 
 from .errors import LeaseError, LeaseHeld
+from .host_records import open_area
 from .proof import LeaseProof
 from .timing import LeaseTiming, SafeleaseTiming
 
@@ -50,19 +48,9 @@ def budget_of(timing: SafeleaseTiming) -> LeaseTiming:
     return budget
 
 
-def _open(area: LeaseArea, *, writable: bool = False) -> FileStorage:
-    """Open around the page cache where the file allows."""
-    try:
-        return FileStorage.open(area.path, writable=writable, cache="none")
-    except StorageError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return FileStorage.open(area.path, writable=writable)
-
-
 def _refuse_sanlock(area: LeaseArea) -> None:
     """Raise LeaseError where sanlock's records are, of a lockspace or of a lock."""
-    with closing(_open(area)) as storage:
+    with closing(open_area(area)) as storage:
         for distance in _RECORDS:
             if storage.size >= area.offset + distance + 512:
                 data = bytearray(512)
@@ -141,7 +129,7 @@ class SafeleaseLeases:
         if lease.name != POOL_LEASE:
             raise LeaseError(f"domains of this version have no lease {lease.name}", path=lease.area.path)
         data = bytearray(SAFELEASE_SIZE)
-        with closing(_open(lease.area)) as storage:
+        with closing(open_area(lease.area)) as storage:
             storage.read_into(lease.area.offset, [data])
         tag = SafeleaseTag.parse(bytes(data), lease.area.path)
         self._watch(lease, tag)
@@ -160,7 +148,7 @@ class SafeleaseLeases:
         return self._clock() - seen.since_s >= self.timing.foreign_wait_s
 
     def _write(self, lease: Lease, tag: SafeleaseTag) -> None:
-        with closing(_open(lease.area, writable=True)) as storage:
+        with closing(open_area(lease.area, writable=True)) as storage:
             storage.write(lease.area.offset, [tag.pack()])
             storage.flush()
         self._watch(lease, tag)
